@@ -1,0 +1,1 @@
+# demo, test, bench, lint: each builds what it needs first.

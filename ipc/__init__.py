@@ -1,0 +1,1 @@
+"""Mach-style ports between tasks, over ZeroMQ."""

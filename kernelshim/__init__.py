@@ -1,0 +1,1 @@
+"""What the kernel gives a user-level stack: packet channels, filters, guards, links, test hosts."""

@@ -1,0 +1,1 @@
+"""The network server: names, routes, set-up, hand-over, clean-up."""

@@ -1,0 +1,133 @@
+"""The engine: one link, its sessions, their timers. Times in nanoseconds, sizes in bytes, ports in host order."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final
+
+from ulnet.kernelshim.link import Link
+from ulnet.stack.metastate import Metastate
+from ulnet.stack.statpage import StatPage
+
+READABLE: Final = 1
+WRITABLE: Final = 2
+ERROR: Final = 4
+HUP: Final = 8
+RDHUP: Final = 16
+
+# Kinds of Engine.events()
+EV_CONNECTED: Final = 1  # an active open reached ESTABLISHED
+EV_FAILED: Final = 2  # it did not; value is the errno
+EV_ACCEPTED: Final = 3  # a listener has a new established session: accept() it
+EV_GONE: Final = 4  # a session closed by close_session() has finished; value is its session id
+
+class Buffer:
+    """Bytes received, by the buffer protocol, in the stack's own memory; read-only.
+
+    Release it (``release()`` or ``with``) as soon as possible: its memory is the ring's.
+    Reading after release raises ValueError.
+    """
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def release(self) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def address(self) -> tuple[str, int] | None: ...
+    def __enter__(self) -> Buffer: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+class Session:
+    """One session, or the shell of one that is not open yet. Not made directly: Engine.new_session()."""
+
+    engine: Engine
+    kind: int
+    session_id: int  # the server's number for it; 0 while it has none
+
+    @property
+    def local(self) -> tuple[str, int]: ...
+    @property
+    def peer(self) -> tuple[str, int] | None: ...
+    @property
+    def live(self) -> bool:
+        """True while the engine holds protocol state for it."""
+    @property
+    def state(self) -> str:
+        """RFC 9293 state name; UDP: "OPEN"; "CLOSED" when not live."""
+    @property
+    def ready(self) -> int:
+        """READABLE | WRITABLE | ... now."""
+    def wait(self, mask: int, timeout_ns: int = -1) -> int:
+        """Drive the engine until one of mask (or ERROR, HUP) is ready; returns ready bits, 0 on time-out."""
+    def recv_buffer(self, max_bytes: int, timeout_ns: int = -1) -> Buffer: ...
+    def take_error(self) -> int:
+        """SO_ERROR: the pending errno (positive), cleared; 0 if none."""
+    def setopt(self, level: int, name: int, value: int) -> None: ...
+    def getopt(self, level: int, name: int) -> int: ...
+    def shutdown(self, how: int) -> None: ...
+    def fileno(self) -> int:
+        """The truthful descriptor (made at first use)."""
+    def stat(self) -> dict[str, int]:
+        """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat)."""
+
+class Engine:
+    """``library=True``: ARP, ICMP echo, RST for unknown segments and handshakes are the server's matter."""
+
+    link: Link
+    meta: Metastate
+    stats: StatPage | None
+    # Library: called (in whichever thread needs it) with a next hop whose MAC is unknown; returns when it is known
+    # or raises OSError. None: the engine asks by ARP itself.
+    resolver: Callable[[str], None] | None
+    # Called from the helper thread or poll() with frames (bytes) of flows exported from here a moment ago.
+    on_strays: Callable[[list[bytes]], None] | None
+
+    def __init__(
+        self, link: Link, meta: Metastate, *, library: bool = False, stats: StatPage | None = None, spin_ns: int = 50_000
+    ) -> None: ...
+    def start_helper(self) -> None:
+        """The thread that works while the program is elsewhere. Servers with their own loop call poll() instead."""
+    def close(self) -> None:
+        """Abort what is left, stop the helper. Does not close the link."""
+    def poll(self) -> int:
+        """Process waiting frames and due timers; returns frames processed. For servers' loops."""
+    def deadline_ns(self) -> int | None:
+        """When poll() is next needed without a frame (time.monotonic_ns() scale)."""
+    def events(self) -> list[tuple[int, Session | None, int]]:
+        """(EV_*, session, value) since the last call. Filled only while ``collect_events`` is True."""
+    collect_events: bool
+
+    def new_session(self, kind: int) -> Session: ...
+    def open_udp(self, session: Session, laddr: str, lport: int, raddr: str | None = None, rport: int = 0) -> None: ...
+    def open_tcp(self, session: Session, laddr: str, lport: int, raddr: str, rport: int) -> None:
+        """Active open: the SYN goes out (after ARP). wait(WRITABLE), or EV_CONNECTED / EV_FAILED."""
+    def listen(self, session: Session, laddr: str, lport: int, backlog: int) -> None: ...
+    def set_backlog(self, session: Session, backlog: int) -> None: ...
+    def accept(self, session: Session) -> Session | None:
+        """An established session of the listener's queue, or None. wait(READABLE) first."""
+    def close_session(self, session: Session, *, linger_abort: bool = False) -> None:
+        """The user is done: TCP goes on to its end inside the engine (FIN, TIME-WAIT) without the handle."""
+    def abort_flow(self, laddr: str, lport: int, raddr: str, rport: int, snd_nxt: int, rcv_nxt: int) -> None:
+        """Send an RST for a session this engine does not hold (its application died)."""
+    def export_session(self, session: Session) -> bytes:
+        """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
+        frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
+    def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None: ...
+    def import_session(self, session: Session, state: bytes, session_id: int) -> None: ...
+    def deliver(self, listener: Session, state: bytes, session_id: int) -> None:
+        """Import an accepted session into a listener's queue (library; the server did the handshake)."""
+    def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
+        """Library: a listener whose connections arrive by deliver()."""
+    def fail(self, session: Session, error: int) -> None:
+        """Library: connecting failed with this errno; waiters wake up."""
+    def inject(self, frame: bytes) -> None:
+        """Process a frame that came another way (a stray forwarded by another holder)."""
+    def adopt_foreign(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None:
+        """Server: a flow handed out earlier (restart)."""
+    def interrupt(self) -> None:
+        """Wake every waiter once (they re-check)."""
+    def sessions(self) -> list[Session | dict[str, Any]]: ...
+    def counters(self) -> dict[str, int]:
+        """Everything counted: frames, drops by reason, TCP, UDP, ICMP, ARP, buffers, system calls."""

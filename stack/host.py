@@ -1,0 +1,54 @@
+"""Where sessions are set up: what a socket asks of the place that manages names, routes and handshakes.
+
+Two places implement it: ``proxy.Proxy`` (the network server, by messages; SOSP 1993 table 1) and
+``embedded.Embedded`` (this very process). A socket never knows which one it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from ulnet.stack.engine import Engine, Session
+
+
+class Host(ABC):
+    """Session management for one stack. Errors are OSError with the BSD errno.
+
+    Timeouts are nanoseconds: -1 for ever, 0 do not wait.
+    """
+
+    engine: Engine
+
+    def socket(self, kind: int) -> Session:
+        """A session shell for IPPROTO_TCP or IPPROTO_UDP; costs nobody a message."""
+        return self.engine.new_session(kind)
+
+    @abstractmethod
+    def bind(
+        self, session: Session, address: str, port: int, *, reuse_address: bool = False, reuse_port: bool = False
+    ) -> tuple[str, int]:
+        """Name the local endpoint (port 0: choose one). A UDP session migrates here. EADDRINUSE, EADDRNOTAVAIL, EACCES."""
+
+    @abstractmethod
+    def connect(self, session: Session, address: str, port: int, timeout_ns: int) -> None:
+        """Open to a peer; the local endpoint is chosen if not bound.
+
+        TCP: returns when established; timeout 0 starts it, raises BlockingIOError (EINPROGRESS) and the session becomes
+        WRITABLE or ERROR later. UDP: names the peer. ECONNREFUSED, ENETUNREACH, EHOSTUNREACH, ETIMEDOUT, EADDRNOTAVAIL.
+        """
+
+    @abstractmethod
+    def listen(self, session: Session, backlog: int) -> None:
+        """Accept connections; established ones arrive in the session's queue (session READABLE, engine.accept())."""
+
+    @abstractmethod
+    def accepted(self, listener: Session, session: Session) -> None:
+        """One session left the listener's queue (returns a credit to the server)."""
+
+    @abstractmethod
+    def close(self, session: Session, *, abort: bool = False) -> None:
+        """The user is done with it: TCP's end is managed elsewhere from here on. Never blocks for the peer."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Give everything back: close every session, leave the server."""

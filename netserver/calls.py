@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from ulnet.ipc import Hub, MachError, Message, Sender
+from ulnet.kernelshim.channel import ChannelGrant
 from ulnet.netserver import report
 from ulnet.netserver.records import UDP, Application, Refusal, SessionRecord
 from ulnet.netserver.resolver import Resolver
@@ -31,7 +33,8 @@ APPLICATIONS_MAX: Final = 1024
 class Channels(Protocol):
     """What attaching needs from the place that makes channels."""
 
-    def new_channel(self, interface: str) -> Any: ...
+    def open_channel(self, interface: str) -> ChannelGrant: ...
+    def close_channel(self, channel: ChannelGrant) -> None: ...
     def attached(self, app: Application) -> tuple[p.Attached, list[int]]: ...
 
 
@@ -103,6 +106,19 @@ class Calls:
             log.exception("call %d of pid %d failed", message.id, sender.pid)
             self.counters["internal_errors"] += 1
             self._refuse(message, sender, session, errno.EIO, "the server made a mistake; see its log")
+        finally:
+            self._tidy(message)
+
+    def _tidy(self, message: Message) -> None:
+        """Rights and descriptors nobody asked for must not pile up here."""
+        with suppress(MachError):
+            if message.remote and message.id in p.ONE_WAY:
+                self.task.abandon(message)
+            for right in message.rights:
+                if right.name:
+                    self.task.deallocate(right.name)
+        for fd in message.take_fds():
+            os.close(fd)
 
     def _refuse(
         self, message: Message, sender: Sender, session: int, code: int, reason: str, *, violation: bool = False
@@ -115,7 +131,8 @@ class Calls:
         with suppress(MachError):
             if message.remote:
                 if message.id == p.Call.CONNECT and session and not violation:
-                    reply: p.Record = p.Connected(code, session, "0.0.0.0", 0)
+                    kept = self.table.records.get(session)
+                    reply: p.Record = p.Connected(code, session, "0.0.0.0", kept.lport if kept else 0, reason)
                 else:
                     reply = p.Status(code, reason)
                 self.task.reply(message, reply.pack())
@@ -141,7 +158,7 @@ class Calls:
 
     def _upcall(self, app: Application, call: p.Upcall, record: p.Record, ool: Iterable[bytes] = ()) -> bool:
         try:
-            self.task.post(app.port, call, record.pack(), ool=list(ool))
+            self.task.send(app.port, call, record.pack(), ool=list(ool))
         except MachError as error:
             self.counters["upcalls_lost"] += 1
             log.debug("%s to %s: %s", call.name, app, error)
@@ -161,14 +178,16 @@ class Calls:
             raise Refusal(errno.EINVAL, "attach needs a send right to a port of yours", violation=True)
         if len(self.applications) >= APPLICATIONS_MAX:
             raise Refusal(errno.EUSERS, f"{APPLICATIONS_MAX} applications are attached already")
-        channel = self.channels.new_channel(p.PACKET_INTERFACES[request.interface])
+        channel = self.channels.open_channel(p.PACKET_INTERFACES[request.interface])
         try:
             stats = StatPage.create()
         except BaseException:
-            channel.close()
+            os.close(channel.fd)
+            self.channels.close_channel(channel)
             raise
         self._serial += 1
         app = Application(sender, self._serial, _process_name(sender.pid), message.rights[0].name, channel, stats)
+        message.rights = ()  # kept
         self.applications[sender.task] = app
         attached, fds = self.channels.attached(app)
         try:
@@ -176,6 +195,8 @@ class Calls:
         except MachError:
             self._end(app)
             raise
+        finally:
+            os.close(channel.fd)  # the application's alone from here on
         self.counters["attached"] += 1
         log.info("%s attached: uid %d, channel %d", app, sender.uid, attached.channel)
 
@@ -200,8 +221,8 @@ class Calls:
         with suppress(MachError):
             self.task.deallocate(app.port)
         try:
-            app.channel.close()
-        except OSError as error:
+            self.channels.close_channel(app.channel)
+        except (OSError, KeyError) as error:
             self.counters["close_failed"] += 1
             log.error("channel of %s: %s", app, error)
 
@@ -218,7 +239,8 @@ class Calls:
 
     def _connect(self, app: Application, request: p.Connect, message: Message) -> None:
         def done(record: SessionRecord, error: int, state: bytes) -> None:
-            reply = p.Connected(error, record.number, record.laddr, record.lport)
+            named = record.number in self.table.records
+            reply = p.Connected(error, record.number, record.laddr, record.lport if named else 0)
             self._reply(message, reply, ool=[] if error else [state])
 
         record = self.table.connect(app, request, done)
@@ -248,7 +270,8 @@ class Calls:
 
     def forward(self, app: Application, frames: list[bytes]) -> None:
         """Strays to their application."""
-        self._upcall(app, p.Upcall.STRAY, p.Nothing(), frames)
+        for start in range(0, len(frames), p.FRAMES_A_MESSAGE):
+            self._upcall(app, p.Upcall.STRAY, p.Nothing(), frames[start : start + p.FRAMES_A_MESSAGE])
 
     def _all_counters(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from ulnet.stack.ports import Name
 
 if TYPE_CHECKING:
     from ulnet.ipc import Sender
-    from ulnet.kernelshim.channel import Channel
+    from ulnet.kernelshim.channel import ChannelGrant
     from ulnet.stack.engine import Session
     from ulnet.stack.statpage import StatPage
 
@@ -50,7 +50,7 @@ class Application:
     serial: int
     name: str  # as the kernel calls the process, for `ulnet sessions`
     port: int  # send right for upcalls
-    channel: Channel
+    channel: ChannelGrant
     stats: StatPage
     sessions: dict[int, SessionRecord] = dataclasses.field(default_factory=dict)
     guarded: Counter[tuple[int, str, int]] = dataclasses.field(default_factory=Counter)

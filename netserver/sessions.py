@@ -15,6 +15,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from ipaddress import IPv4Address
 from typing import Any, Final
 
 from ulnet.kernelshim.demux import Demux
@@ -166,10 +167,13 @@ class SessionTable:
             raise Refusal(errno.EINVAL, f"a session that is {record.place.value} cannot be returned", violation=True)
         session = self.engine.new_session(TCP)
         try:
+            if p.flow_of_state(state) != record.key:
+                raise ValueError("it is another session's")
             # The state first, then the flow: in between frames reach the application, which forwards them.
             self._forget_foreign(record)
-            self.engine.import_session(session, state, number, self._flow_of(record))
+            self.engine.import_session(session, state, number)
         except (OSError, ValueError) as error:
+            self._turn_back(record)
             self._reset(record)
             self._drop(record)
             raise Refusal(errno.EINVAL, f"the state of {record} is not valid: {error}", violation=True) from None
@@ -197,7 +201,7 @@ class SessionTable:
     def strays(self, app: Application, frames: Iterable[bytes]) -> None:
         """Frames that reached the application after it gave their session back."""
         for frame in frames:
-            flow = flow_of_frame(frame)
+            flow = flow_of_stray(frame)
             record = self._flows.get(flow) if flow is not None else None
             if record is None or record.number >> 32 != app.serial:
                 self.counters["strays_refused"] += 1
@@ -304,7 +308,7 @@ class SessionTable:
         """Frames that were in the server's ring when their session was handed over."""
         batches: dict[Application, list[bytes]] = {}
         for frame in frames:
-            flow = flow_of_frame(frame)
+            flow = flow_of_stray(frame)
             record = self._flows.get(flow) if flow is not None else None
             if record is None or record.owner is None or record.place is not Place.APPLICATION:
                 self.counters["strays_lost"] += 1
@@ -361,25 +365,25 @@ class SessionTable:
         old = record.key
         if old == key:
             return
-        self.demux.add_flow(*key, self._index(record))
-        self.demux.remove_flow(*old)
+        self.demux.add_flow(*_wire(key), self._channel(record))
+        self.demux.remove_flow(*_wire(old))
         self._flows.pop(old, None)
         record.peer = peer
         record.flow = key
         self._flows[key] = record
 
     def _turn(self, record: SessionRecord) -> None:
-        self.demux.add_flow(*record.key, self._index(record))
+        self.demux.add_flow(*_wire(record.key), self._channel(record))
         record.flow = record.key
 
     def _turn_back(self, record: SessionRecord) -> None:
         if record.flow is not None:
-            self.demux.remove_flow(*record.flow)
-            record.flow = None
+            flow, record.flow = record.flow, None
+            self.demux.remove_flow(*_wire(flow))
 
-    def _index(self, record: SessionRecord) -> int:
+    def _channel(self, record: SessionRecord) -> int:
         assert record.owner is not None
-        return record.owner.channel.index
+        return record.owner.channel.channel_id
 
     def _guard(self, record: SessionRecord) -> None:
         app = record.owner
@@ -464,7 +468,7 @@ class SessionTable:
         for step in (self._turn_back, self._unguard):
             try:
                 step(record)
-            except OSError as error:
+            except (OSError, KeyError) as error:
                 self.counters["drop_failed"] += 1
                 log.error("%s of %s: %s", step.__name__, record, error)
         if self._flows.get(record.key) is record:
@@ -505,10 +509,6 @@ class SessionTable:
             raise Refusal(errno.ENETUNREACH, f"TCP has one peer; {address} are many")
         return str(address), request.port
 
-    @staticmethod
-    def _flow_of(record: SessionRecord) -> Flow:
-        return record.key
-
     # -- telling -------------------------------------------------------------------------------
 
     def totals(self) -> dict[str, Any]:
@@ -522,9 +522,16 @@ class SessionTable:
         }
 
 
-def flow_of_frame(frame: bytes) -> Flow | None:
-    """The flow of an Ethernet frame with TCP or UDP over IPv4, as its receiver sees it; None for anything else."""
-    if len(frame) < 38 or len(frame) > p.MAX_FRAME_BYTES or frame[12:14] != b"\x08\x00" or frame[14] >> 4 != 4:
+def _wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:
+    """A flow as the demultiplexer wants it."""
+    protocol, laddr, lport, raddr, rport = flow
+    return protocol, IPv4Address(laddr), lport, IPv4Address(raddr) if raddr else None, rport
+
+
+def flow_of_stray(stray: bytes) -> Flow | None:
+    """The flow of a stray, as its receiver sees it; None unless it is TCP or UDP over IPv4 over Ethernet."""
+    frame = stray[p.STRAY_HEAD : p.STRAY_HEAD + 14 + 60 + 4]
+    if len(frame) < 38 or len(stray) > p.STRAY_HEAD + p.MAX_FRAME_BYTES or frame[12:14] != b"\x08\x00" or frame[14] >> 4 != 4:
         return None
     transport = 14 + (frame[14] & 15) * 4
     if frame[23] not in (TCP, UDP) or len(frame) < transport + 4 or transport < 34:

@@ -28,6 +28,7 @@ SERVER_NUMBER: Final = 1 << 31
 MAX_BACKLOG: Final = 1024
 MAX_STATE_BYTES: Final = 64 << 20  # of one session, its buffers included
 MAX_FRAME_BYTES: Final = 65_549 + 100  # a super-segment with its header (limits of TPACKET slots)
+FRAMES_A_MESSAGE: Final = 32  # strays, each an out-of-line part
 PACKET_INTERFACES: Final = ("ipf", "shm", "ipc")  # SOSP 1993 section 4.1
 
 _base = 9300
@@ -259,12 +260,14 @@ class Bound(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Connected(Record):
-    """Out of line, TCP: the state. ``session`` tells whose answer it is where it was not waited for."""
+    """Out of line, TCP: the state. ``session`` tells whose answer it is where it was not waited for; ``port`` is 0 when
+    it failed and the session has no name any more."""
 
     error: U32
     session: U64
     address: Address
     port: U16
+    reason: Text = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +302,18 @@ REQUESTS: Final[dict[int, type[Record]]] = {
     Call.STRAY: Nothing,
 }
 ONE_WAY: Final = frozenset((Call.RETURN, Call.FORGET, Call.ACCEPTED, Call.STRAY))
+
+
+_STATE_HEAD = struct.Struct("=II16s16sHHB3x")  # the head of an exported session (engine.pyx): magic, size, flow_key
+STRAY_HEAD: Final = 4  # before a stray's Ethernet header: what the ring said of the frame (flags, size of its pieces)
+
+
+def flow_of_state(state: bytes | memoryview) -> tuple[int, str, int, str, int]:
+    """(protocol, local address, port, remote address, port) that an exported state says it is of."""
+    if len(state) < _STATE_HEAD.size:
+        raise ProtocolError(f"a session state of {len(state)} bytes")
+    _, _, laddr, raddr, lport, rport, protocol = _STATE_HEAD.unpack_from(state)
+    return protocol, unpack_address(laddr), lport, unpack_address(raddr), rport
 
 
 def server_path(path: str | None = None) -> str:

@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
 from ulnet.kernelshim.packet import PacketLink
@@ -57,7 +58,7 @@ class Proxy(Host):
         self._gone = False
         self._closed = False
         self._next = 1
-        self._bound: dict[int, tuple[str, int]] = {}  # TCP names held and UDP sessions bound, by session id
+        self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()  # all with a number
         self._connecting: dict[int, Session] = {}
         self._listeners: dict[int, Session] = {}
         self._credits: Counter[int] = Counter()
@@ -116,20 +117,20 @@ class Proxy(Host):
         """See Host. A UDP session is the application's own from here on."""
         self._check()
         if session.session_id:
-            raise OSError(errno.EINVAL, f"the socket is bound already, to {_show(self.local(session))}")
+            raise OSError(errno.EINVAL, "the socket is bound already, to {}:{}".format(*session.local))
         number = self._name(session)
         request = p.Bind(number, session.kind, address or ANY, port, reuse_address, reuse_port)
         try:
             bound = self._answer(self._rpc(p.Call.BIND, request), p.Bound)
             if session.kind == UDP:
                 self.engine.open_udp(session, bound.address, bound.port)
+            else:
+                session.set_local(bound.address, bound.port)
         except BaseException as error:
-            session.session_id = 0
+            self._unname(session)
             if not isinstance(error, OSError) or error.errno in (errno.ETIMEDOUT, errno.ENOMEM):
                 self._forget(number)  # the server may have done it, or will
             raise
-        with self._lock:
-            self._bound[number] = (bound.address, bound.port)
         return bound.address, bound.port
 
     def connect(self, session: Session, address: str, port: int, timeout_ns: int) -> None:
@@ -143,17 +144,24 @@ class Proxy(Host):
             return
         if session.live:
             raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
+        self.engine.reopen(session)  # after an attempt that failed
         named = session.session_id != 0
         number = session.session_id or self._name(session)
         request = p.Connect(number, session.kind, address, port)
         if timeout_ns == 0:
             with self._lock:
                 self._connecting[number] = session
-            self._post(p.Call.CONNECT, request, reply_to=self._port)
+            session.begin_connect()
+            try:
+                self._post(p.Call.CONNECT, request, reply_to=self._port)
+            except OSError:
+                with self._lock:
+                    self._connecting.pop(number, None)
+                raise
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
         try:
             message = self._rpc(p.Call.CONNECT, request, timeout=None if timeout_ns < 0 else timeout_ns / 1e9)
-            connected = self._answer(message, p.Connected)
+            self._answer(message, p.Connected)
             self.engine.import_session(session, message.ool[0], number)
         except BaseException as error:
             refused = isinstance(error, OSError) and not isinstance(error, TimeoutError)
@@ -162,8 +170,6 @@ class Proxy(Host):
             if not (refused and named):
                 self._unname(session)
             raise
-        with self._lock:
-            self._bound[number] = (connected.address, connected.port)
 
     def _connect_udp(self, session: Session, address: str, port: int) -> None:
         number = session.session_id or self._name(session)
@@ -176,8 +182,6 @@ class Proxy(Host):
                     self._forget(number)
                 self._unname(session)
             raise
-        with self._lock:
-            self._bound[number] = (connected.address, connected.port)
 
     def listen(self, session: Session, backlog: int) -> None:
         """See Host. Called again it changes the backlog."""
@@ -191,7 +195,7 @@ class Proxy(Host):
             self.engine.set_backlog(session, backlog)
         else:
             # The first session may be delivered before the reply is read.
-            self.engine.open_listener_shell(session, *self.local(session), backlog)
+            self.engine.open_listener_shell(session, *session.local, backlog)
         with self._lock:
             self._listeners[number] = session
             self._backlogs[number] = backlog
@@ -214,7 +218,7 @@ class Proxy(Host):
         with self._lock:
             if number not in self._listeners:
                 return
-            self._bound[session.session_id] = session.local
+            self._sessions[session.session_id] = session
             self._credits[number] += 1
             count = self._credits[number]
             if count * 2 < self._backlogs[number]:
@@ -230,7 +234,7 @@ class Proxy(Host):
             listening = self._listeners.pop(number, None) is not None
             self._backlogs.pop(number, None)
             self._credits.pop(number, None)
-            self._bound.pop(number, None)
+            self._sessions.pop(number, None)
         if os.getpid() != self._pid or self._closed:
             return
         if listening:
@@ -250,10 +254,11 @@ class Proxy(Host):
             if self._closed or os.getpid() != self._pid:
                 return
         atexit.unregister(self._at_exit)
-        for session in self.engine.sessions():
-            if isinstance(session, Session):
-                with contextlib.suppress(OSError):
-                    self.close(session)
+        with self._lock:
+            held = list(self._sessions.values())
+        for session in held:
+            with contextlib.suppress(OSError):
+                self.close(session)
         self._closed = True
         if not self._gone:
             with contextlib.suppress(OSError):  # it died: it resets what it could not take
@@ -263,11 +268,6 @@ class Proxy(Host):
         self.link.close()
 
     # -- what the socket layer and tools may ask -----------------------------------------------
-
-    def local(self, session: Session) -> tuple[str, int]:
-        """The local endpoint as the server named it; ("0.0.0.0", 0) without a name."""
-        with self._lock:
-            return self._bound.get(session.session_id) or (ANY, 0)
 
     @property
     def server_alive(self) -> bool:
@@ -292,6 +292,7 @@ class Proxy(Host):
             # The server went in this very moment: what it did not take ends here.
             self.counters["return_failed"] += 1
             shell = self.engine.new_session(TCP)
+            self.engine.forget_flow(TCP, *session.local, *(session.peer or (ANY, 0)))
             self.engine.import_session(shell, state, number)
             self.engine.close_session(shell)
 
@@ -307,7 +308,8 @@ class Proxy(Host):
 
     def _forward_strays(self, frames: list[bytes]) -> None:
         self.counters["strays_out"] += len(frames)
-        self._post_quietly(p.Call.STRAY, p.Nothing(), ool=frames)
+        for start in range(0, len(frames), p.FRAMES_A_MESSAGE):
+            self._post_quietly(p.Call.STRAY, p.Nothing(), ool=frames[start : start + p.FRAMES_A_MESSAGE])
 
     # -- what the server says by itself --------------------------------------------------------
 
@@ -365,9 +367,8 @@ class Proxy(Host):
                 self._forget(record.session, reset=True)
             return
         if record.error:
-            with self._lock:
-                named = record.session in self._bound
-            if not named:
+            # The server keeps the name of a session that was bound before; it says so by the address.
+            if record.port == 0:
                 self._unname(session)
             self.engine.fail(session, record.error)
             return
@@ -378,8 +379,6 @@ class Proxy(Host):
             self._unname(session)
             self.engine.fail(session, errno.EPROTO)
             raise
-        with self._lock:
-            self._bound[record.session] = (record.address, record.port)
 
     def _server_died(self) -> None:
         with self._lock:
@@ -403,13 +402,16 @@ class Proxy(Host):
         with self._lock:
             number = self._serial << 32 | self._next
             self._next = self._next % (p.SERVER_NUMBER - 1) + 1
+            self._sessions[number] = session
         session.session_id = number
         return number
 
     def _unname(self, session: Session) -> None:
         with self._lock:
-            self._bound.pop(session.session_id, None)
+            self._sessions.pop(session.session_id, None)
         session.session_id = 0
+        if not session.live:
+            session.set_local(ANY, 0)
 
     def _check(self) -> None:
         if os.getpid() != self._pid:
@@ -453,7 +455,8 @@ class Proxy(Host):
         error = int.from_bytes(inline[:4], "little")
         if error == 0:
             return record.unpack(inline)
-        reason = "" if record is p.Connected and len(inline) == record.size() else p.Status.unpack(inline).reason
+        refused = p.Connected if len(inline) == p.Connected.size() else p.Status
+        reason = refused.unpack(inline).reason
         message.close()
         raise OSError(error, reason or os.strerror(error))  # OSError picks ConnectionRefusedError and its like
 
@@ -475,10 +478,6 @@ class Proxy(Host):
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
             self.shutdown()
-
-
-def _show(endpoint: tuple[str, int]) -> str:
-    return f"{endpoint[0]}:{endpoint[1]}"
 
 
 def _join(path: str) -> Task:

@@ -8,8 +8,8 @@ MARK_MASK = 0xFFFF0000
 CHANNEL_MASK = 0x0000FFFF  # the lower half is the channel's number
 
 
-def channel_mark(channel_id: int) -> int:
+def channel_mark(channel_id: int, tag: int = MARK_TAG) -> int:
     """SO_MARK of the channel. Raises ValueError outside 0..65535."""
     if not 0 <= channel_id <= CHANNEL_MASK:
         raise ValueError(f"channel id {channel_id} does not fit the mark: use 0 to {CHANNEL_MASK}")
-    return MARK_TAG | channel_id
+    return tag | channel_id

@@ -41,7 +41,9 @@ class Channels(Protocol):
 class Calls:
     """Handlers of the service port, and the applications behind it."""
 
-    def __init__(self, hub: Hub, table: Callable[[Calls], SessionTable], resolver: Resolver, channels: Channels) -> None:
+    def __init__(
+        self, hub: Hub, table: Callable[[Calls], SessionTable], resolver: Resolver, channels: Channels
+    ) -> None:
         self.hub = hub
         self.task = hub.local_task()
         self.channels = channels

@@ -70,7 +70,9 @@ def parse_address(text: str) -> Address:
     if address.is_multicast or address.is_unspecified or address.is_loopback or address.is_reserved:
         raise SetupError(f"address {text!r} is not one that a host may have; use a unicast address of the network")
     if network.prefixlen < 31 and address in (network.network_address, network.broadcast_address):
-        raise SetupError(f"address {text!r} is the network's own or its broadcast address; use another one of {network}")
+        raise SetupError(
+            f"address {text!r} is the network's own or its broadcast address; use another one of {network}"
+        )
     return Address(str(address), network.prefixlen)
 
 
@@ -178,7 +180,7 @@ def _is_socket(path: str) -> bool:
 
 
 def probe_wire(interface: Interface, address: Address, wait_s: float = 0.25) -> None:
-    """RFC 5227 (2.1.1): ask who has the address before using it; one probe, because a person waits for the ready line."""
+    """RFC 5227 (2.1.1): ask who has the address before using it; one probe only, for a person is waiting."""
     probe = struct.pack(
         ">6s6sHHHBBH6s4s6s4s",
         b"\xff" * 6,

@@ -35,7 +35,7 @@ class Place(enum.Enum):
 
 
 class Refusal(OSError):
-    """A call that is not obeyed: errno and one line for the caller. ``violation``: an honest library never asks this."""
+    """A call that is not obeyed: errno and one line for the caller. ``violation``: no honest library asks this."""
 
     def __init__(self, code: int, reason: str, *, violation: bool = False) -> None:
         super().__init__(code, reason)

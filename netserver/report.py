@@ -27,7 +27,7 @@ _FIGURES = ("bytes_in", "bytes_out", "retransmits", "srtt_ns")
 
 
 def sessions(table: SessionTable, applications: Iterable[Application]) -> list[dict[str, Any]]:
-    """One dictionary a session: proto, local, remote, state, owner (pid and name, or None: the server), place, figures."""
+    """One dictionary a session: proto, local, remote, state, owner (pid and name; None: the server), place, figures."""
     rows: dict[int, dict[str, Any]] = {number: _row(record) for number, record in table.records.items()}
     for app in applications:
         for last in app.stats.records():

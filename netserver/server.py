@@ -16,7 +16,7 @@ import os
 import select
 import signal
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FrameType, TracebackType
 from typing import Any, Final
 
@@ -167,10 +167,8 @@ class NetServer:
         """End ``run``; callable from a signal handler and from other threads."""
         self._status = self._status or status
         self._stopping = True
-        try:
+        with suppress(BlockingIOError):  # full: it will wake up anyway
             os.write(self._wake_w, b"\0")
-        except BlockingIOError:
-            pass
 
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT end the server in good order."""

@@ -100,9 +100,7 @@ class SessionTable:
         now = time.monotonic_ns()
         if record is None:
             self._check_new(app, request.session, request.protocol)
-            name = self.ports.choose(
-                request.protocol, self.address, *peer, now_ns=now, uid=app.sender.uid
-            )
+            name = self.ports.choose(request.protocol, self.address, *peer, now_ns=now, uid=app.sender.uid)
             record = SessionRecord(request.session, request.protocol, app, Place.NAMED, name, self.address)
             self._enter(record)
         elif record.protocol != request.protocol:
@@ -287,9 +285,7 @@ class SessionTable:
             app.numbers = app.numbers % (p.SERVER_NUMBER - 1) + 1
             number = app.serial << 32 | p.SERVER_NUMBER | app.numbers
             session.session_id = number
-            record = SessionRecord(
-                number, TCP, app, Place.CONNECTING, name, listener.laddr, session.peer, session
-            )
+            record = SessionRecord(number, TCP, app, Place.CONNECTING, name, listener.laddr, session.peer, session)
             self._enter(record)
             self._flows[record.key] = record
             try:
@@ -531,7 +527,12 @@ def _wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:
 def flow_of_stray(stray: bytes) -> Flow | None:
     """The flow of a stray, as its receiver sees it; None unless it is TCP or UDP over IPv4 over Ethernet."""
     frame = stray[p.STRAY_HEAD : p.STRAY_HEAD + 14 + 60 + 4]
-    if len(frame) < 38 or len(stray) > p.STRAY_HEAD + p.MAX_FRAME_BYTES or frame[12:14] != b"\x08\x00" or frame[14] >> 4 != 4:
+    if (
+        len(frame) < 38
+        or len(stray) > p.STRAY_HEAD + p.MAX_FRAME_BYTES
+        or frame[12:14] != b"\x08\x00"
+        or frame[14] >> 4 != 4
+    ):
         return None
     transport = 14 + (frame[14] & 15) * 4
     if frame[23] not in (TCP, UDP) or len(frame) < transport + 4 or transport < 34:

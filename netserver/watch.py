@@ -19,9 +19,7 @@ class Watch:
     """Readable when a link or an IPv4 address changed; ``drain`` first, then ask."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0
-        )
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         self._socket.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR))
 
     def fileno(self) -> int:

@@ -1,11 +1,11 @@
-"""The calls between an application's library and the network server (SOSP 1993 table 1), as messages with checked fields.
+"""The calls between an application's library and the network server (SOSP 1993 table 1), with checked fields.
 
-A Mach subsystem: a request has id ``base + n``, its reply that id + 100. Every reply starts with an errno (0: done). All
-inline parts have a fixed layout, so that a peer's message is either exactly one of these or refused; what varies in size
-(a session's state, frames, tables) travels out of line.
+A Mach subsystem: a request has id ``base + n``, its reply that id + 100. Every reply starts with an errno (0: done).
+All inline parts have a fixed layout, so that a peer's message is either exactly one of these or refused; what varies
+in size (a session's state, frames, tables) travels out of line.
 
-Session ids: ``serial << 32 | number``. The server gives each attachment its serial; the library numbers its own sessions
-below ``SERVER_NUMBER``, the server those it delivers from there up. So naming a session costs nobody a message.
+Session ids: ``serial << 32 | number``. The server gives each attachment its serial; the library numbers its own
+sessions below ``SERVER_NUMBER``, the server those it delivers from there up. So naming one costs nobody a message.
 """
 
 from __future__ import annotations

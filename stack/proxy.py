@@ -1,8 +1,8 @@
 """The library's side of the network server: sessions are set up by its calls and handed over (SOSP 1993 table 1).
 
-Call order: ``connect_default()`` (or ``Proxy(path)``), then the calls of ``host.Host``. Sending and receiving ask nobody.
-Threads: calls go out from whichever thread makes them; one receiver thread takes what the server says by itself
-(delivered sessions, strays, the outcome of connects nobody waits for); the engine's helper does the protocol's timers.
+Call order: ``connect_default()`` (or ``Proxy(path)``), then the calls of ``host.Host``. Sending and receiving ask
+nobody. Threads: calls go out from whichever thread makes them; one receiver thread takes what the server says by
+itself (delivered sessions, strays, the outcome of connects nobody waits for); the engine's helper does its timers.
 """
 
 from __future__ import annotations
@@ -488,7 +488,8 @@ def _join(path: str) -> Task:
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, f"no network server at {path}: {hint}") from None
     except ConnectionRefusedError:
-        raise ConnectionRefusedError(errno.ECONNREFUSED, f"the network server at {path} is not running: {hint}") from None
+        reason = f"the network server at {path} is not running: {hint}"
+        raise ConnectionRefusedError(errno.ECONNREFUSED, reason) from None
     except PermissionError:
         raise PermissionError(errno.EACCES, f"no permission to reach the network server at {path}") from None
     except MachError as error:
@@ -500,7 +501,7 @@ _hosts_lock = threading.Lock()
 
 
 def connect_default(path: str | None = None) -> Proxy:
-    """This process's attachment to the server at ``path`` (None: ``ULNET_SERVER`` or the default); made once, then shared.
+    """This process's attachment to the server at ``path`` (None: ``ULNET_SERVER`` or the default), made once.
 
     A child after fork gets one of its own, and so does who asks again after the server was restarted.
     """

@@ -6,6 +6,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from ulnet.kernelshim.link cimport Link
+from ulnet.stack.engine_core cimport engine, ul_session
 from ulnet.stack.metastate cimport Metastate
 from ulnet.stack.statpage cimport StatPage
 from ulnet.stack.types cimport ul_addr
@@ -14,8 +15,6 @@ cdef enum:
     SESSION_TCP = 6              # IPPROTO numbers; a listener is a TCP session in LISTEN
     SESSION_UDP = 17
 
-ctypedef struct engine           # defined in engine_core.pxd
-ctypedef struct ul_session
 
 cdef class Engine:
     cdef engine *e

@@ -1,0 +1,233 @@
+# The engine's inside: sessions, the flow table, timers, the end of a burst. No GIL, no Python objects.
+#
+# Call order of a burst (engine_poll): link.recv -> engine_frame (engine_input) -> session_touch;
+# then engine_settle: for each touched session TCP output, timers, readiness, waiters, descriptor, events.
+# Everything here is called with the engine's lock held (engine_wait.pxd).
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from ulnet.kernelshim.link cimport ul_link, ul_rx
+from ulnet.stack.buf cimport bufpool
+from ulnet.stack.ip_reass cimport ip_reass
+from ulnet.stack.metastate cimport meta_page
+from ulnet.stack.neighbour cimport neigh_env, neigh_table
+from ulnet.stack.readyfd cimport readyfd
+from ulnet.stack.statpage cimport stat_record
+from ulnet.stack.tcp cimport tcp_config, tcp_counters, tcp_env, tcp_pcb
+from ulnet.stack.types cimport flow_key, ul_addr
+from ulnet.stack.udp cimport udp_pcb
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+
+cdef enum session_role:
+    ROLE_SHELL = 0           # made, not open
+    ROLE_TCP = 1
+    ROLE_UDP = 2
+    ROLE_LISTEN = 3
+    ROLE_FOREIGN = 4         # handed to another holder; frames for it are strays
+    ROLE_ENDED = 5           # failed or closed; so_error may be pending
+
+cdef enum session_phase:     # what the engine still has to tell about a TCP session
+    PHASE_OPEN = 0
+    PHASE_CONNECTING = 1     # EV_CONNECTED or EV_FAILED is due
+    PHASE_EMBRYONIC = 2      # passive open, belongs to `listener`
+    PHASE_QUEUED = 3         # in the listener's accept queue
+
+cdef enum:
+    EVENT_CONNECTED = 1
+    EVENT_FAILED = 2
+    EVENT_ACCEPTED = 3
+    EVENT_GONE = 4
+    ATTN_STRAYS = 1          # frames wait for on_strays
+    ATTN_RESOLVE = 2         # a next hop waits for the resolver
+    ATTN_DEAD = 4            # held objects wait for their decref
+    HELPER_NONE = 0          # what the helper thread does now
+    HELPER_RUNS = 1
+    HELPER_NAPS = 2          # timed: callers were active a moment ago
+    HELPER_SLEEPS = 3        # until signalled: a caller drives and sleeps in poll(2)
+    HELPER_POLLS = 4         # it drives
+
+ctypedef struct ul_session
+ctypedef struct waiter:
+    pthread_cond_t cond
+    ul_session *s
+    waiter *s_next           # of the same session
+    waiter *prev             # of the engine
+    waiter *next
+    uint32_t want
+    uint8_t asleep_in_poll   # it drives and sleeps: wake it by the event descriptor
+    uint8_t signalled
+    uint8_t promote          # it shall drive now
+
+ctypedef struct ul_session:
+    flow_key flow
+    uint64_t id
+    uint32_t refs            # handle, table, waiters, callers
+    uint8_t role
+    uint8_t phase
+    uint8_t handle           # a Session object exists
+    uint8_t in_table
+    uint8_t touched
+    uint8_t closing          # the user closed it; free it when TCP is done
+    uint8_t wait_neigh
+    uint8_t tos
+    uint8_t ttl
+    uint8_t shut_rd          # UDP
+    uint16_t path_mtu_bytes
+    int so_error             # negative errno, for roles without a pcb
+    uint32_t shown           # readiness at the last settle
+    tcp_pcb *tcp
+    udp_pcb *udp
+    ul_session *listener
+    ul_session *accept_head  # LISTEN: established sessions; else the queue's link
+    ul_session *accept_tail
+    ul_session *accept_next
+    uint32_t accept_count
+    uint32_t embryonic
+    uint32_t backlog
+    uint32_t heap_index      # 0: not in the heap
+    int64_t deadline_ns
+    ul_session *hash_next
+    ul_session *touched_next
+    ul_session *all_prev
+    ul_session *all_next
+    waiter *waiters
+    readyfd *fd
+    stat_record *stat
+    # route cache
+    uint64_t meta_generation
+    ul_addr meta_dst
+    uint8_t mac[6]
+    tcp_config cfg
+
+ctypedef struct event_rec:
+    event_rec *next
+    int kind
+    ul_session *s            # holds a reference, or NULL
+    int64_t value
+
+ctypedef struct frame_rec:   # a frame kept by copy: orphan or stray
+    frame_rec *next
+    int64_t expires_ns
+    flow_key flow
+    uint32_t len_bytes
+    uint16_t flags
+    uint16_t gso_size_bytes
+    uint8_t *data
+
+ctypedef struct engine_counters:
+    uint64_t frames_in
+    uint64_t frames_out
+    uint64_t bytes_in
+    uint64_t bytes_out
+    uint64_t short_frames
+    uint64_t unknown_ethertype
+    uint64_t bad_ip
+    uint64_t not_ours
+    uint64_t bad_tcp
+    uint64_t bad_udp
+    uint64_t bad_icmp
+    uint64_t bad_arp
+    uint64_t bad_checksum
+    uint64_t fragments_in
+    uint64_t fragments_out
+    uint64_t unknown_proto
+    uint64_t no_listener     # SYN or segment for nobody: refused with RST
+    uint64_t no_udp_port
+    uint64_t backlog_full
+    uint64_t embryonic_dropped
+    uint64_t icmp_in
+    uint64_t icmp_out
+    uint64_t icmp_limited
+    uint64_t icmp_unmatched
+    uint64_t echo_replies
+    uint64_t orphans_held
+    uint64_t orphans_dropped
+    uint64_t strays
+    uint64_t strays_dropped
+    uint64_t link_refused    # sends the link did not take
+    uint64_t no_route
+    uint64_t polls           # system calls: poll(2)
+    uint64_t kicks           # writes to the event descriptor
+    uint64_t helper_runs
+    uint64_t nomem
+
+ctypedef struct engine:
+    pthread_mutex_t lock
+    uint32_t contenders      # threads that wait for the lock (atomic)
+    ul_link *link
+    meta_page *meta
+    bufpool bufs
+    tcp_env env
+    tcp_counters tcp
+    engine_counters n
+    neigh_env nenv
+    neigh_table *neigh       # NULL in a library
+    ip_reass *reass
+    uint8_t library
+    uint8_t collect_events
+    uint8_t stop
+    uint8_t broken           # forked child, or closed
+    uint8_t secret[16]
+    uint16_t ip_ident
+    uint32_t attention
+    int64_t now_ns
+    int64_t spin_ns
+    # flow table
+    ul_session **table
+    uint32_t table_mask
+    uint32_t table_count
+    ul_session *all          # every session
+    uint32_t all_count
+    # timer heap, 1-based
+    ul_session **heap
+    uint32_t heap_len
+    uint32_t heap_cap
+    ul_session *touched
+    # events, strays, orphans
+    event_rec *events_head
+    event_rec *events_tail
+    frame_rec *strays
+    frame_rec *strays_tail
+    uint32_t strays_count
+    frame_rec *orphans
+    uint32_t orphans_count
+    uint64_t orphans_bytes
+    ul_addr resolve_addr
+    # waiting
+    uint8_t driving          # a thread drives (caller or helper)
+    uint8_t helper           # HELPER_*
+    uint32_t watched         # sessions with a descriptor
+    uint64_t activity        # calls that waited or sent
+    int64_t sleep_until_ns   # of the thread asleep in poll(2); 0: none sleeps
+    int wake_fd
+    pthread_cond_t helper_cond
+    waiter *waiters
+    # ICMP rate limit (RFC 1812 4.3.2.8)
+    int64_t icmp_refill_ns
+    uint32_t icmp_tokens
+
+cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint8_t *secret, int64_t spin_ns) noexcept nogil
+cdef void engine_free(engine *e) noexcept nogil
+cdef int64_t clock_now() noexcept nogil
+
+cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil
+cdef void session_ref(ul_session *s) noexcept nogil
+cdef void session_unref(engine *e, ul_session *s) noexcept nogil
+cdef int session_insert(engine *e, ul_session *s) noexcept nogil      # into the flow table; -EADDRINUSE
+cdef void session_remove(engine *e, ul_session *s) noexcept nogil
+cdef ul_session *session_find(engine *e, const flow_key *flow) noexcept nogil
+cdef void session_touch(engine *e, ul_session *s) noexcept nogil
+cdef uint32_t session_ready(const ul_session *s) noexcept nogil
+cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil   # drop protocol state, keep the shell
+cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil
+cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil
+cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil
+
+cdef int engine_poll(engine *e, int budget) noexcept nogil            # frames processed; settles
+cdef void engine_settle(engine *e) noexcept nogil
+cdef int64_t engine_deadline(engine *e) noexcept nogil
+cdef void engine_timers(engine *e) noexcept nogil

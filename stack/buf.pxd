@@ -16,6 +16,10 @@ from ulnet.stack.types cimport ul_addr
 cdef enum:
     RXSEG_HEAP = 0
     RXSEG_SLOT = 1
+    RXSEG_EVACUATED = 2              # lent, its slot no longer blocks the ring; released by rxseg_free
+    BUF_CLASSES = 4                  # block sizes kept on freelists
+    BUF_CLASS_NONE = 254             # no block beside the header
+    BUF_CLASS_MALLOC = 255           # larger than every class
     RX_COPY_BELOW_BYTES = 4096       # smaller payloads are copied out of their slot
 
 ctypedef struct rxseg:
@@ -31,6 +35,9 @@ ctypedef struct rxseg:
     uint8_t lent
     uint16_t rport                   # UDP: sender
     ul_addr raddr
+    uint8_t *block                   # HEAP: the block beside the header that data points into, or NULL
+    uint32_t mem_bytes               # charged to the queue when it was made
+    uint8_t block_class
 
 ctypedef struct rxqueue:
     rxseg *head
@@ -43,16 +50,17 @@ ctypedef struct txchunk:
     txchunk *next
     const uint8_t *data
     uint32_t len_bytes
-    uint32_t cap_bytes               # 0: held object, no room
+    uint32_t cap_bytes               # size of the own block; 0: held object, no room
     void *owner                      # PyObject*, or NULL
+    uint8_t block_class              # of the chunk itself, data included
 
 ctypedef struct txqueue:
     txchunk *head
     txchunk *tail
     uint64_t len_bytes               # from the first unacknowledged byte to the last one written
     uint32_t head_off                # acknowledged bytes at the start of head
-    txchunk *cur                     # cursor for txq_iov: chunk that holds byte cur_at of the queue
-    uint64_t cur_at
+    txchunk *cur                     # cursor for txq_iov: a chunk, and where it begins
+    uint64_t cur_at                  # counted from the first byte of head, acknowledged ones included
 
 ctypedef struct bufpool:
     ul_link *link
@@ -62,8 +70,9 @@ ctypedef struct bufpool:
     uint32_t lent                    # segments lent to Python
     uint32_t last_slot               # slot most recently received: where the ring is now
     txchunk *dead                    # chunks whose owner awaits a decref with the GIL
-    void *free_small                 # freelists of heap blocks
-    void *free_large
+    void *free_blocks[BUF_CLASSES]   # freelists, by size class
+    uint32_t free_count[BUF_CLASSES]
+    uint64_t live_blocks             # handed out and not back: 0 when nothing leaks
     uint64_t copied_bytes            # payload copied from slot to heap
     uint64_t evacuated               # slots evacuated under lent segments
     uint64_t nomem                   # allocations refused
@@ -83,6 +92,10 @@ cdef int rxq_append(bufpool *p, rxqueue *q, const uint8_t *data, uint32_t n, uin
 cdef size_t rxq_read(bufpool *p, rxqueue *q, uint8_t *out, size_t n, bint peek) noexcept nogil
 # Detach the first segment (at most max_bytes of it, the rest stays queued by copy); NULL if empty.
 cdef rxseg *rxq_take(bufpool *p, rxqueue *q, size_t max_bytes) noexcept nogil
+# A segment that stands in no queue (reassembly), made as rxq_append makes them; NULL: no memory.
+cdef rxseg *rxseg_new(bufpool *p, const uint8_t *data, uint32_t n, uint32_t seq, const ul_rx *frame,
+                      uint32_t room_bytes, bint *held) noexcept nogil
+cdef void rxq_push(rxqueue *q, rxseg *s) noexcept nogil
 cdef void rxseg_free(bufpool *p, rxseg *s) noexcept nogil
 cdef void rxq_clear(bufpool *p, rxqueue *q) noexcept nogil
 

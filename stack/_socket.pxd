@@ -6,7 +6,7 @@ from ulnet.stack.types cimport ul_addr
 
 cdef class Socket:
     cdef Session _session            # None: closed
-    cdef int64_t _timeout_ns         # -1: for ever
+    cdef readonly int64_t _timeout_ns  # -1: for ever
     cdef readonly bint _named        # the local endpoint is chosen
     cdef bint _dgram
     cdef uint16_t _src_port          # sender of the last datagram, and its tuple

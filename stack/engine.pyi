@@ -51,6 +51,14 @@ class Session:
     @property
     def peer(self) -> tuple[str, int] | None: ...
     @property
+    def closed(self) -> bool: ...
+    @property
+    def listening(self) -> bool: ...
+    def set_local(self, address: str, port: int) -> None:
+        """Note the local endpoint of a shell that is bound but not open."""
+    def begin_connect(self) -> None:
+        """A shell whose connection is made elsewhere: not ready until import_session() or fail()."""
+    @property
     def live(self) -> bool:
         """True while the engine holds protocol state for it."""
     @property
@@ -104,6 +112,10 @@ class Engine:
     def open_tcp(self, session: Session, laddr: str, lport: int, raddr: str, rport: int) -> None:
         """Active open: the SYN goes out (after ARP). wait(WRITABLE), or EV_CONNECTED / EV_FAILED."""
     def listen(self, session: Session, laddr: str, lport: int, backlog: int) -> None: ...
+    def reopen(self, session: Session) -> None:
+        """Back to a shell after a connection attempt that failed."""
+    def announce(self) -> None:
+        """Gratuitous ARP (RFC 5227 2.3). Not for libraries."""
     def set_backlog(self, session: Session, backlog: int) -> None: ...
     def accept(self, session: Session) -> Session | None:
         """An established session of the listener's queue, or None. wait(READABLE) first."""
@@ -123,7 +135,7 @@ class Engine:
     def fail(self, session: Session, error: int) -> None:
         """Library: connecting failed with this errno; waiters wake up."""
     def inject(self, frame: bytes) -> None:
-        """Process a frame that came another way (a stray forwarded by another holder)."""
+        """Process a stray as on_strays gave it to its former holder (4 bytes of flags and segment size, then the frame)."""
     def adopt_foreign(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None:
         """Server: a flow handed out earlier (restart)."""
     def interrupt(self) -> None:

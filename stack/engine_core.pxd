@@ -43,7 +43,6 @@ cdef enum:
     EVENT_GONE = 4
     ATTN_STRAYS = 1          # frames wait for on_strays
     ATTN_RESOLVE = 2         # a next hop waits for the resolver
-    ATTN_DEAD = 4            # held objects wait for their decref
     HELPER_NONE = 0          # what the helper thread does now
     HELPER_RUNS = 1
     HELPER_NAPS = 2          # timed: callers were active a moment ago
@@ -68,7 +67,6 @@ ctypedef struct ul_session:
     uint32_t refs            # handle, table, waiters, callers
     uint8_t role
     uint8_t phase
-    uint8_t handle           # a Session object exists
     uint8_t in_table
     uint8_t touched
     uint8_t closing          # the user closed it; free it when TCP is done
@@ -95,6 +93,7 @@ ctypedef struct ul_session:
     ul_session *all_prev
     ul_session *all_next
     waiter *waiters
+    void *handle             # its Session object, borrowed; NULL: none. Under the GIL.
     readyfd *fd
     stat_record *stat
     # route cache
@@ -203,7 +202,8 @@ ctypedef struct engine:
     uint32_t watched         # sessions with a descriptor
     uint64_t activity        # calls that waited or sent
     int64_t sleep_until_ns   # of the thread asleep in poll(2); 0: none sleeps
-    int wake_fd
+    int wake_fd              # of callers
+    int helper_fd            # of the helper
     pthread_cond_t helper_cond
     waiter *waiters
     # ICMP rate limit (RFC 1812 4.3.2.8)
@@ -231,3 +231,5 @@ cdef int engine_poll(engine *e, int budget) noexcept nogil            # frames p
 cdef void engine_settle(engine *e) noexcept nogil
 cdef int64_t engine_deadline(engine *e) noexcept nogil
 cdef void engine_timers(engine *e) noexcept nogil
+cdef void neighbours_changed(engine *e) noexcept nogil
+cdef void foreign_arm(engine *e, ul_session *s, int64_t deadline_ns) noexcept nogil

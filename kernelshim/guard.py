@@ -12,6 +12,13 @@ One table of family netdev per served address, in the network namespace it is ma
 - *ingress*, on the served interface and loopback: IPv4 to the address and ARP about it end here, after the
   packet sockets and before the kernel's own stack, which would answer with RST or route the packet on.
 
+Devices that appear later are told to ``add_device``. (Linux 6.18 could match every name with one chain, but
+nft(8) 1.0 then never ends listing the rules.)
+
+What nf_tables cannot see is the virtio_net_hdr beside the packet: its csum_start and csum_offset let a sender have
+16 bits of a single frame overwritten by a checksum after the guard has looked, on devices that compute checksums
+themselves. A channel whose application must be held against that, too, is made without PACKET_VNET_HDR.
+
 The table outlives its maker: if the server dies its channels keep their endpoints and gain none. The next
 ``Guard`` of the same address replaces it in one transaction.
 

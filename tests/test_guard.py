@@ -184,6 +184,13 @@ def test_everything_else_is_refused(world: World, channel: Sender, what: str, cl
     assert world.guard.refused() == before + 1
 
 
+def test_type_claimed_must_fit_the_bytes(world: World, channel: Sender) -> None:
+    """Claimed as VLAN, the kernel would look for the IP header elsewhere."""
+    assert not channel.sends(world.frame(), 0x8100)
+    assert not channel.sends(world.frame(), 0x86DD)
+    assert channel.sends(world.frame(), 0x0800)
+
+
 def test_endpoint_belongs_to_one_channel(world: World) -> None:
     other = world.channel(number=8)
     try:

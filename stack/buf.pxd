@@ -81,6 +81,8 @@ cdef void bufpool_init(bufpool *p, ul_link *link) noexcept nogil
 cdef void bufpool_destroy(bufpool *p) noexcept nogil
 # Decref what was held. Needs the GIL.
 cdef void bufpool_reap(bufpool *p)
+# The blocks of a detached dead list whose owners were given back by the caller.
+cdef void chunks_free(bufpool *p, txchunk *c) noexcept nogil
 # Called once a burst: keep the ring from running into held slots.
 cdef void bufpool_relieve(bufpool *p) noexcept nogil
 

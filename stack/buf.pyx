@@ -114,6 +114,14 @@ cdef void bufpool_reap(bufpool *p):
         c = following
 
 
+cdef void chunks_free(bufpool *p, txchunk *c) noexcept nogil:
+    cdef txchunk *following
+    while c != NULL:
+        following = c.next
+        block_put(p, c.block_class, c)
+        c = following
+
+
 # ---- held slots ----
 
 cdef inline bint held_is_worth_it(const bufpool *p, const ul_rx *frame, uint32_t n) noexcept nogil:

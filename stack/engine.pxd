@@ -21,7 +21,17 @@ cdef class Engine:
     cdef readonly Link link
     cdef readonly Metastate meta
     cdef readonly StatPage stats
+    cdef public object resolver          # callable(next hop), or None
+    cdef public object on_strays         # callable(list of frames), or None
+    cdef object helper_thread
     cdef object __weakref__
+    cdef void attend(self) noexcept
+    cdef int resolve_pending(self) except -1
+    cdef void reap(self) noexcept
+    cdef list take_strays(self)
+    cdef Session wrap(self, ul_session *s)
+    cdef void take_stat(self, Session session) noexcept
+    cdef void settle_imported(self, Session session) noexcept
 
 cdef class Session:
     cdef ul_session *s           # NULL once handed over, closed or failed to open
@@ -38,6 +48,8 @@ cdef class Session:
     cdef Py_ssize_t send(self, const uint8_t *data, size_t n, object owner, int flags, int64_t timeout_ns) except -1
     # All of it, or an exception; *sent tells how far it came.
     cdef int sendall(self, const uint8_t *data, size_t n, object owner, int64_t timeout_ns, size_t *sent) except -1
+    cdef Py_ssize_t send_some(self, const uint8_t *data, size_t n, object owner, bint all, int64_t timeout_ns,
+                              size_t *done) except -1
     # dst NULL: the connected peer. UDP. -EAGAIN for an unknown neighbour is handled by Engine.resolver.
     cdef Py_ssize_t sendto(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
                            int64_t timeout_ns) except -1

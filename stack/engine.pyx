@@ -605,11 +605,6 @@ cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nog
 cdef class Engine:
     """One link and its sessions. ``library=True``: ARP, ICMP echo, refusals and handshakes are the server's matter."""
 
-    cdef public object resolver
-    cdef public object on_strays
-    cdef object helper_thread
-    cdef object atexit_hook
-
     def __cinit__(self, Link link not None, Metastate meta not None, *, bint library=False, StatPage stats=None,
                   int64_t spin_ns=50000):
         cdef bytes secret = os.urandom(16)
@@ -631,7 +626,7 @@ cdef class Engine:
     def start_helper(self):
         """The thread that works while the program is elsewhere."""
         if self.helper_thread is None:
-            # A weak reference: an engine nobody uses any more must be able to go.
+            # It holds the engine: an engine with a helper lives until close().
             self.helper_thread = threading.Thread(target=self._helper, name="ulnet-helper", daemon=True)
             self.helper_thread.start()
 

@@ -1,0 +1,24 @@
+# The hot half of a socket, for subclasses in C.
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from ulnet.stack.engine cimport Session
+from ulnet.stack.types cimport ul_addr
+
+cdef class Socket:
+    cdef Session _session            # None: closed
+    cdef readonly int64_t _timeout_ns  # -1: for ever
+    cdef readonly bint _named        # the local endpoint is chosen
+    cdef bint _dgram
+    cdef uint16_t _src_port          # sender of the last datagram, and its tuple
+    cdef ul_addr _src
+    cdef object _src_tuple
+    cdef object __weakref__
+    cdef Session _live(self)
+    cdef Py_ssize_t _send(self, Session s, const uint8_t *data, size_t n, object owner, int flags) except -1
+    cdef Py_ssize_t _read(self, Session s, uint8_t *out, size_t n, int flags, ul_addr *src, uint16_t *sport,
+                          uint32_t *full_bytes) except -1
+    cdef object _read_bytes(self, Session s, Py_ssize_t n, int flags, ul_addr *src, uint16_t *sport,
+                            uint32_t *full_bytes)
+    cdef object _address(self, const ul_addr *src, uint16_t sport)
+    cdef Py_ssize_t _read_into(self, object buffer, Py_ssize_t nbytes, int flags, ul_addr *src, uint16_t *sport,
+                               str call) except -1

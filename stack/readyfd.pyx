@@ -1,0 +1,281 @@
+"""A kernel descriptor that tells select, poll and epoll the truth about a session of ours.
+
+It is one end of an AF_UNIX stream pair, whose four readable/writable combinations we steer from both ends
+(an eventfd cannot say "neither"):
+
+===========  ==========================================================  ==========================
+shown        how                                                         undone by
+===========  ==========================================================  ==========================
+readable     a byte waits in the user's end (sent from ours)             receiving it
+not          bytes sent by the user's end wait in ours: one message is   receiving them
+writable     more than its tiny send buffer (unix(7), SO_SNDBUF)
+RDHUP        our end shut for writing                                    a new pair (below)
+HUP          our end shut both ways                                      a new pair
+error + HUP  our end closed with unread data: ECONNRESET (unix(7))       a new pair
+===========  ==========================================================  ==========================
+
+Each change is one system call and makes exactly the edge that epoll's EPOLLET promises; showing what is shown
+already makes none. So show() belongs behind every change of the session, a read by the user included.
+
+differs: an AF_UNIX socket cannot take RDHUP, HUP or an error back. Sessions do not either, but a socket may be
+connected anew after a failure: then a fresh pair is put under the same number (dup3). select and poll do not
+notice; an epoll registration ends with the old pair and has to be made again.
+differs: a passing error without a hang-up (UDP: an ICMP error waits) shows as readable and writable, as select
+shows any error; the call that follows gets it.
+
+The descriptor is the user's own: a program that reads, writes or closes it by hand confuses only itself.
+"""
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE
+
+cdef extern from "<sys/socket.h>" nogil:
+    enum: AF_UNIX
+    enum: SOCK_STREAM
+    enum: SOCK_CLOEXEC
+    enum: SOCK_NONBLOCK
+    enum: SOL_SOCKET
+    enum: SO_SNDBUF
+    enum: SO_ERROR
+    enum: SHUT_RDWR
+    enum: SHUT_WR
+    enum: MSG_DONTWAIT
+    enum: MSG_NOSIGNAL
+    ctypedef unsigned int socklen_t
+    int socketpair(int domain, int type, int protocol, int *fds)
+    int setsockopt(int fd, int level, int name, const void *value, socklen_t size)
+    int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
+    int shutdown(int fd, int how)
+    ssize_t c_send "send"(int fd, const void *buf, size_t n, int flags)
+    ssize_t c_recv "recv"(int fd, void *buf, size_t n, int flags)
+
+cdef extern from "<unistd.h>" nogil:
+    int c_close "close"(int fd)
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <fcntl.h>
+    #include <unistd.h>
+    extern int dup3(int, int, int);
+    """
+    int dup3(int old, int new, int flags) nogil
+    enum: O_CLOEXEC
+
+cdef extern from "<poll.h>" nogil:
+    enum: POLLOUT
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int c_poll "poll"(pollfd *fds, unsigned long n, int timeout_ms)
+
+cdef enum:
+    ALL_BITS = UL_READABLE | UL_WRITABLE | UL_HUP | UL_RDHUP | UL_ERROR
+    FILL_MAX_BYTES = 16384
+
+# Bytes of one message that fills the smallest send buffer this kernel allows. The kernel accounts whole allocations
+# (skb truesize), so this is measured once, at the first pair.
+cdef uint32_t fill_bytes = 0
+cdef char zeros[FILL_MAX_BYTES]
+
+
+cdef int pair_new(int *user_fd, int *our_fd) noexcept nogil:
+    cdef int fds[2]
+    cdef int tiny = 1            # the kernel raises it to its minimum
+    if socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) < 0:
+        return -errno
+    setsockopt(fds[0], SOL_SOCKET, SO_SNDBUF, &tiny, sizeof(tiny))
+    user_fd[0] = fds[0]
+    our_fd[0] = fds[1]
+    return 0
+
+
+cdef uint32_t fill_measure(int user_fd, int our_fd) noexcept nogil:
+    # Smallest power of two that makes an empty pair not writable.
+    cdef pollfd p
+    cdef char scratch[FILL_MAX_BYTES]
+    cdef uint32_t n = 64
+    while n < FILL_MAX_BYTES:
+        if c_send(user_fd, zeros, n, MSG_DONTWAIT | MSG_NOSIGNAL) < 0:
+            break
+        p.fd = user_fd
+        p.events = POLLOUT
+        p.revents = 0
+        c_poll(&p, 1, 0)
+        c_recv(our_fd, scratch, FILL_MAX_BYTES, MSG_DONTWAIT)
+        if not p.revents & POLLOUT:
+            return n
+        n *= 2
+    return n
+
+
+cdef inline void drain(int fd, size_t expected) noexcept nogil:
+    # Usually one call; more only if the user wrote to or read from the descriptor by hand.
+    cdef char scratch[FILL_MAX_BYTES]
+    cdef ssize_t got
+    cdef int turns
+    for turns in range(64):
+        got = c_recv(fd, scratch, FILL_MAX_BYTES, MSG_DONTWAIT)
+        if got == <ssize_t>expected or (got <= 0 and not (got < 0 and errno == EINTR)):
+            return
+
+
+cdef inline uint32_t as_shown(uint32_t ready) noexcept nogil:
+    # What a pair can show of it: hang-ups imply each other as in tcp_poll() of Linux.
+    ready &= ALL_BITS
+    if ready & UL_ERROR:
+        ready |= UL_READABLE | UL_WRITABLE
+        if not ready & UL_HUP:
+            ready &= ~<uint32_t>UL_ERROR
+    if ready & UL_HUP:
+        ready |= UL_RDHUP | UL_WRITABLE
+    if ready & UL_RDHUP:
+        ready |= UL_READABLE
+    return ready
+
+
+cdef readyfd *readyfd_new(int *err) noexcept nogil:
+    global fill_bytes
+    cdef readyfd *r = <readyfd *>calloc(1, sizeof(readyfd))
+    if r == NULL:
+        err[0] = -12                             # ENOMEM
+        return NULL
+    err[0] = pair_new(&r.user_fd, &r.our_fd)
+    if err[0] < 0:
+        free(r)
+        return NULL
+    if fill_bytes == 0:
+        fill_bytes = fill_measure(r.user_fd, r.our_fd)
+    r.shown = UL_WRITABLE
+    r.syscalls = 2
+    return r
+
+
+cdef bint renew(readyfd *r) noexcept nogil:
+    # A fresh pair under the user's number. Whoever sleeps on the old one wakes by its hang-up.
+    cdef int user_fd = -1
+    cdef int our_fd = -1
+    if pair_new(&user_fd, &our_fd) < 0:
+        return False                             # out of descriptors: the old truth stays
+    if dup3(user_fd, r.user_fd, O_CLOEXEC) < 0:
+        c_close(user_fd)
+        c_close(our_fd)
+        return False
+    c_close(user_fd)
+    if r.our_fd >= 0:
+        c_close(r.our_fd)
+    r.our_fd = our_fd
+    r.shown = UL_WRITABLE
+    r.syscalls += 5
+    return True
+
+
+cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
+    cdef uint32_t want = as_shown(ready)
+    cdef uint32_t change
+    cdef int pending = 0
+    cdef socklen_t size = sizeof(pending)
+    if want & UL_ERROR and r.shown & UL_HUP and not r.shown & UL_ERROR:
+        want &= ~<uint32_t>UL_ERROR              # too late to show it; a hang-up is answered in the same way
+    if want == r.shown:
+        return
+    if r.shown & UL_ERROR and want == (r.shown & ~<uint32_t>UL_ERROR):
+        # The error was taken (SO_ERROR), the connection stays dead.
+        getsockopt(r.user_fd, SOL_SOCKET, SO_ERROR, &pending, &size)
+        r.shown = want
+        r.syscalls += 1
+        return
+    if (r.shown & ~want & (UL_HUP | UL_RDHUP | UL_ERROR) or r.our_fd < 0) and not renew(r):
+        return
+    change = want ^ r.shown
+    if want & UL_ERROR:
+        # All at once: closing our end with data unread in it. Its queue must hold something.
+        if r.shown & UL_WRITABLE:
+            c_send(r.user_fd, zeros, 1, MSG_DONTWAIT | MSG_NOSIGNAL)
+            r.syscalls += 1
+        c_close(r.our_fd)
+        r.our_fd = -1
+        r.syscalls += 1
+        r.shown = want
+        return
+    if change & UL_READABLE and not want & UL_READABLE:
+        drain(r.user_fd, 1)
+        r.syscalls += 1
+    if change & UL_WRITABLE:
+        if want & UL_WRITABLE:
+            drain(r.our_fd, fill_bytes)
+        else:
+            c_send(r.user_fd, zeros, fill_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)
+        r.syscalls += 1
+    if change & UL_HUP:
+        shutdown(r.our_fd, SHUT_RDWR)
+        r.syscalls += 1
+    elif change & UL_RDHUP:
+        shutdown(r.our_fd, SHUT_WR)
+        r.syscalls += 1
+    elif change & UL_READABLE and want & UL_READABLE:
+        # (A hang-up is readable by itself.)
+        c_send(r.our_fd, zeros, 1, MSG_DONTWAIT | MSG_NOSIGNAL)
+        r.syscalls += 1
+    r.shown = want
+
+
+cdef void readyfd_free(readyfd *r) noexcept nogil:
+    if r == NULL:
+        return
+    if r.our_fd >= 0:
+        c_close(r.our_fd)
+    if r.user_fd >= 0:
+        c_close(r.user_fd)
+    free(r)
+
+
+cdef class ReadyFd:
+    """A descriptor by itself, for tests and for those who build their own sessions.
+
+    ``show(mask)`` takes READABLE 1, WRITABLE 2, ERROR 4, HUP 8, RDHUP 16, as ``Session.ready`` gives them.
+    """
+
+    cdef readyfd *r
+
+    def __cinit__(self) -> None:
+        cdef int err = 0
+        self.r = readyfd_new(&err)
+        if self.r == NULL:
+            raise OSError(-err, "no descriptor for select and poll: socketpair() failed (see ulimit -n)")
+
+    def __dealloc__(self) -> None:
+        readyfd_free(self.r)
+
+    cdef readyfd *_open(self) except NULL:
+        if self.r == NULL:
+            raise ValueError("this ReadyFd is closed")
+        return self.r
+
+    def fileno(self) -> int:
+        """The descriptor to select, poll or epoll on."""
+        return self._open().user_fd
+
+    def show(self, ready: int) -> None:
+        """Make the descriptor show these bits and no others."""
+        readyfd_show(self._open(), ready)
+
+    @property
+    def shown(self) -> int:
+        """The bits shown now."""
+        return self._open().shown
+
+    @property
+    def syscalls(self) -> int:
+        """System calls made for it so far."""
+        return self._open().syscalls
+
+    def close(self) -> None:
+        """Close both ends. Closing twice is fine."""
+        readyfd_free(self.r)
+        self.r = NULL

@@ -1,0 +1,644 @@
+"""The drop-in for the standard ``socket`` module: its names and its class, over a stack in this address space.
+
+``from ulnet.stack import socket`` in place of ``import socket``. TCP and UDP over IPv4 run here; everything that opens
+no socket (constants, exceptions, getaddrinfo, inet_aton, ...) is the standard module's own.
+
+Where a socket's sessions are set up (a Host) is chosen by ``socket(..., host=)``, else by ``set_default_host()``, else it
+is the network server named by ULNET_SERVER or at the default path.
+
+differs from socket(7): a connection belongs to this process and cannot be duplicated or inherited; ``fileno()`` is for
+select, poll and epoll only (reading or writing it by os.read or os.write does not touch the connection).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket as _std
+import sys
+import time
+import warnings
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Final, cast
+
+from ulnet.stack._socket import Socket, parse_address
+from ulnet.stack._sockopt import Options
+from ulnet.stack.engine import ERROR, HUP, READABLE, WRITABLE, Session
+from ulnet.stack.host import Host
+
+if TYPE_CHECKING:  # at run time every public name of the standard module is taken over, below
+    from socket import AF_INET as AF_INET
+    from socket import AF_INET6 as AF_INET6
+    from socket import AF_UNIX as AF_UNIX
+    from socket import AF_UNSPEC as AF_UNSPEC
+    from socket import AI_CANONNAME as AI_CANONNAME
+    from socket import AI_NUMERICHOST as AI_NUMERICHOST
+    from socket import AI_PASSIVE as AI_PASSIVE
+    from socket import EAI_NONAME as EAI_NONAME
+    from socket import INADDR_ANY as INADDR_ANY
+    from socket import INADDR_BROADCAST as INADDR_BROADCAST
+    from socket import INADDR_LOOPBACK as INADDR_LOOPBACK
+    from socket import IP_TOS as IP_TOS
+    from socket import IP_TTL as IP_TTL
+    from socket import IPPROTO_ICMP as IPPROTO_ICMP
+    from socket import IPPROTO_IP as IPPROTO_IP
+    from socket import IPPROTO_IPV6 as IPPROTO_IPV6
+    from socket import IPPROTO_TCP as IPPROTO_TCP
+    from socket import IPPROTO_UDP as IPPROTO_UDP
+    from socket import IPV6_V6ONLY as IPV6_V6ONLY
+    from socket import MSG_DONTWAIT as MSG_DONTWAIT
+    from socket import MSG_NOSIGNAL as MSG_NOSIGNAL
+    from socket import MSG_OOB as MSG_OOB
+    from socket import MSG_PEEK as MSG_PEEK
+    from socket import MSG_TRUNC as MSG_TRUNC
+    from socket import MSG_WAITALL as MSG_WAITALL
+    from socket import NI_NUMERICHOST as NI_NUMERICHOST
+    from socket import NI_NUMERICSERV as NI_NUMERICSERV
+    from socket import SHUT_RD as SHUT_RD
+    from socket import SHUT_RDWR as SHUT_RDWR
+    from socket import SHUT_WR as SHUT_WR
+    from socket import SO_ACCEPTCONN as SO_ACCEPTCONN
+    from socket import SO_BROADCAST as SO_BROADCAST
+    from socket import SO_DOMAIN as SO_DOMAIN
+    from socket import SO_ERROR as SO_ERROR
+    from socket import SO_KEEPALIVE as SO_KEEPALIVE
+    from socket import SO_LINGER as SO_LINGER
+    from socket import SO_PROTOCOL as SO_PROTOCOL
+    from socket import SO_RCVBUF as SO_RCVBUF
+    from socket import SO_REUSEADDR as SO_REUSEADDR
+    from socket import SO_REUSEPORT as SO_REUSEPORT
+    from socket import SO_SNDBUF as SO_SNDBUF
+    from socket import SO_TYPE as SO_TYPE
+    from socket import SOCK_CLOEXEC as SOCK_CLOEXEC
+    from socket import SOCK_DGRAM as SOCK_DGRAM
+    from socket import SOCK_NONBLOCK as SOCK_NONBLOCK
+    from socket import SOCK_STREAM as SOCK_STREAM
+    from socket import SOL_SOCKET as SOL_SOCKET
+    from socket import SOMAXCONN as SOMAXCONN
+    from socket import TCP_CORK as TCP_CORK
+    from socket import TCP_INFO as TCP_INFO
+    from socket import TCP_KEEPCNT as TCP_KEEPCNT
+    from socket import TCP_KEEPIDLE as TCP_KEEPIDLE
+    from socket import TCP_KEEPINTVL as TCP_KEEPINTVL
+    from socket import TCP_MAXSEG as TCP_MAXSEG
+    from socket import TCP_NODELAY as TCP_NODELAY
+    from socket import TCP_QUICKACK as TCP_QUICKACK
+    from socket import TCP_USER_TIMEOUT as TCP_USER_TIMEOUT
+    from socket import AddressFamily as AddressFamily
+    from socket import AddressInfo as AddressInfo
+    from socket import MsgFlag as MsgFlag
+    from socket import SocketIO as SocketIO
+    from socket import SocketKind as SocketKind
+    from socket import gaierror as gaierror
+    from socket import getaddrinfo as getaddrinfo
+    from socket import getfqdn as getfqdn
+    from socket import gethostbyaddr as gethostbyaddr
+    from socket import gethostbyname as gethostbyname
+    from socket import gethostbyname_ex as gethostbyname_ex
+    from socket import gethostname as gethostname
+    from socket import getnameinfo as getnameinfo
+    from socket import getprotobyname as getprotobyname
+    from socket import getservbyname as getservbyname
+    from socket import getservbyport as getservbyport
+    from socket import has_ipv6 as has_ipv6
+    from socket import herror as herror
+    from socket import htonl as htonl
+    from socket import htons as htons
+    from socket import if_indextoname as if_indextoname
+    from socket import if_nameindex as if_nameindex
+    from socket import if_nametoindex as if_nametoindex
+    from socket import inet_aton as inet_aton
+    from socket import inet_ntoa as inet_ntoa
+    from socket import inet_ntop as inet_ntop
+    from socket import inet_pton as inet_pton
+    from socket import ntohl as ntohl
+    from socket import ntohs as ntohs
+    from socket import socketpair as socketpair
+
+error = OSError
+timeout = TimeoutError
+_UNCONNECTED: Final = frozenset(("CLOSED", "SYN_SENT", "SYN_RECEIVED"))
+_SENDFILE_BYTES: Final = 262144
+_Address = tuple[str, int]
+_GLOBAL_DEFAULT_TIMEOUT: Final[Any] = cast(Any, _std)._GLOBAL_DEFAULT_TIMEOUT  # http.client compares with it
+
+_default_host: Host | None = None
+_default_timeout: float | None = None
+# Sockets whose owner called detach(): alive under their descriptor until socket(fileno=) or close(fd).
+_detached: dict[int, socket] = {}
+
+
+# -- the host ------------------------------------------------------------------------------------
+
+
+def set_default_host(host: Host | None) -> None:
+    """Sockets made from here on without ``host=`` use this one; None: the network server again."""
+    global _default_host
+    _default_host = host
+
+
+def get_default_host() -> Host:
+    """The host of sockets made without ``host=``. Connects to the network server at first use; OSError if there is none."""
+    if _default_host is not None:
+        return _default_host
+    from ulnet.stack.proxy import connect_default
+
+    return connect_default()
+
+
+# -- the class -----------------------------------------------------------------------------------
+
+
+class socket(Socket):
+    """A TCP or UDP socket over IPv4, shaped like the standard one; send and receive calls come from ``Socket``.
+
+    ``socket(AF_INET, SOCK_STREAM | SOCK_DGRAM)``; ``host``: where its sessions are set up (module docstring).
+    ``fileno``: only a number that ``detach()`` gave. Raises OSError EAFNOSUPPORT, ESOCKTNOSUPPORT, EPROTONOSUPPORT.
+    """
+
+    __slots__ = (
+        "_bound",
+        "_closed",
+        "_connecting",
+        "_host",
+        "_io_refs",
+        "_listening",
+        "_options",
+        "family",
+        "proto",
+        "type",
+    )
+
+    def __init__(
+        self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None, *, host: Host | None = None
+    ) -> None:
+        self._closed = True  # until it is whole: __del__ may see it earlier
+        self._io_refs = 0
+        if fileno is not None:
+            self._revive(fileno)
+            return
+        kind = _std.SOCK_STREAM if type == -1 else type & ~(_std.SOCK_NONBLOCK | _std.SOCK_CLOEXEC)
+        self._check_arguments(_std.AF_INET if family == -1 else family, kind, 0 if proto == -1 else proto)
+        if host is None:
+            host = get_default_host()
+        protocol = _std.IPPROTO_TCP if kind == _std.SOCK_STREAM else _std.IPPROTO_UDP
+        self._setup(host, host.socket(protocol), max(proto, 0), Options())
+        if type != -1 and type & _std.SOCK_NONBLOCK:
+            self.settimeout(0)
+
+    @staticmethod
+    def _check_arguments(family: int, kind: int, proto: int) -> None:
+        if family != _std.AF_INET:
+            name = getattr(family, "name", family)
+            raise OSError(errno.EAFNOSUPPORT, f"address family {name} is not supported by this stack, only AF_INET is")
+        protocol = {_std.SOCK_STREAM: _std.IPPROTO_TCP, _std.SOCK_DGRAM: _std.IPPROTO_UDP}.get(_std.SocketKind(kind))
+        if protocol is None:
+            name = getattr(kind, "name", kind)
+            message = f"socket type {name} is not supported by this stack, only SOCK_STREAM and SOCK_DGRAM are"
+            raise OSError(errno.ESOCKTNOSUPPORT, message)
+        if proto not in (0, protocol):
+            raise OSError(errno.EPROTONOSUPPORT, f"protocol {proto} does not fit the socket type: use 0 or {protocol}")
+
+    def _setup(self, host: Host, session: Session, proto: int, options: Options, named: bool = False) -> None:
+        self.family = _std.AF_INET
+        self.type = _std.SOCK_STREAM if session.kind == _std.IPPROTO_TCP else _std.SOCK_DGRAM
+        self.proto = proto
+        self._host = host
+        self._options = options
+        self._bound: _Address | None = None  # as bind() named it
+        self._listening = False
+        self._connecting = False
+        self._adopt(session, named)
+        self.settimeout(_default_timeout)
+        self._closed = False
+
+    def _revive(self, fileno: int) -> None:
+        other = _detached.pop(fileno, None)
+        if other is None or other.session is None:
+            message = f"descriptor {fileno} is no socket of this stack: only a number that detach() gave can be taken over"
+            raise OSError(errno.ENOTSOCK, message)
+        self._setup(other._host, other.session, other.proto, other._options, other._named)
+        self._bound, self._listening, self._connecting = other._bound, other._listening, other._connecting
+        other._adopt(None, False)
+
+    def _need(self) -> Session:
+        session = self.session
+        if session is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return session
+
+    @property
+    def host(self) -> Host:
+        """Where this socket's session is set up."""
+        return self._host
+
+    # -- names and connections --
+
+    def _autobind(self) -> None:
+        self.bind(("", 0))
+
+    def bind(self, address: Any, /) -> None:
+        """Name the local endpoint: (host, port), '' for every address, port 0 to have one chosen."""
+        session = self._need()
+        host, port = parse_address(address, "bind")
+        if self._named:
+            raise OSError(errno.EINVAL, f"the socket is bound already, to {_show(self.getsockname())}")
+        options = self._options
+        self._bound = self._host.bind(
+            session, host, port, reuse_address=options.reuse_address, reuse_port=options.reuse_port
+        )
+        self._adopt(session, True)
+        if session.live:
+            options.apply(session)
+
+    def listen(self, backlog: int = min(_std.SOMAXCONN, 128), /) -> None:
+        """Accept connections, at most ``backlog`` of them waiting. An unbound socket gets a port first."""
+        session = self._need()
+        if self.type != _std.SOCK_STREAM:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if not self._named:
+            self.bind(("", 0))
+        self._host.listen(session, max(backlog, 0))
+        self._listening = True
+
+    def accept(self) -> tuple[socket, _Address]:
+        """Wait for a connection; returns (a new socket, the peer's address)."""
+        session = self._need()
+        if not self._listening:
+            raise OSError(errno.EINVAL, "accept() on a socket that does not listen")
+        engine = session.engine
+        accepted = engine.accept(session)
+        if accepted is None:
+            accepted = self._wait_accept(session)
+        self._host.accepted(session, accepted)
+        sock = _wrap(self._host, accepted, self.proto, Options(self._options), named=True)
+        with contextlib.suppress(OSError):  # it may be dead already; recv() will tell
+            sock._options.apply(accepted)
+        return sock, accepted.peer or ("0.0.0.0", 0)
+
+    def _wait_accept(self, session: Session) -> Session:
+        timeout_ns = self._timeout_ns
+        deadline = time.monotonic_ns() + timeout_ns
+        while True:
+            ready = session.wait(READABLE, timeout_ns)
+            accepted = session.engine.accept(session)
+            if accepted is not None:
+                return accepted
+            if self.session is not session:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            if ready & (ERROR | HUP):
+                raise OSError(session.take_error() or errno.EINVAL, "the socket listens no more")
+            if timeout_ns == 0:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            if timeout_ns > 0:
+                timeout_ns = deadline - time.monotonic_ns()
+                if timeout_ns <= 0:
+                    raise TimeoutError("timed out")
+
+    def connect(self, address: Any, /) -> None:
+        """Connect to (host, port). UDP: name the peer of send() and the only sender of recv()."""
+        session = self._need()
+        host, port = parse_address(address, "connect")
+        if self.type == _std.SOCK_STREAM and self._already(session):
+            return
+        try:
+            self._host.connect(session, host, port, self._timeout_ns)
+        except BlockingIOError:
+            self._connecting = True
+            raise
+        self._adopt(session, True)
+        self._options.apply(session)
+
+    def _already(self, session: Session) -> bool:
+        """connect() again: True when what was started before has succeeded (connect(2): 0, EALREADY, EISCONN)."""
+        if self._listening:
+            raise OSError(errno.EISCONN, "a listening socket cannot connect")
+        if not self._connecting:
+            if session.live and session.state not in _UNCONNECTED:
+                raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
+            return False
+        ready = session.ready if self._timeout_ns == 0 else session.wait(WRITABLE, self._timeout_ns)
+        number = session.take_error()
+        if number or ready & (ERROR | HUP):
+            self._connecting = False
+            raise OSError(number or errno.ECONNABORTED, os.strerror(number or errno.ECONNABORTED))
+        if not ready & WRITABLE:
+            if self._timeout_ns > 0:
+                raise TimeoutError("timed out")
+            raise BlockingIOError(errno.EALREADY, os.strerror(errno.EALREADY))
+        self._connecting = False
+        self._adopt(session, True)
+        self._options.apply(session)
+        return True
+
+    def connect_ex(self, address: Any, /) -> int:
+        """connect() that returns the errno, 0 on success. Errors of name look-up are raised."""
+        try:
+            self.connect(address)
+        except _std.gaierror:
+            raise
+        except OSError as e:
+            return e.errno or errno.EAGAIN  # a time-out of our own has none
+        return 0
+
+    def getsockname(self) -> _Address:
+        """The local (address, port); ("0.0.0.0", 0) without one."""
+        session = self._need()
+        if session.live:
+            return session.local
+        return self._bound or ("0.0.0.0", 0)
+
+    def getpeername(self) -> _Address:
+        """The peer's (address, port); ENOTCONN without one."""
+        session = self._need()
+        peer = session.peer
+        if peer is None or (self.type == _std.SOCK_STREAM and (self._listening or session.state in _UNCONNECTED)):
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return peer
+
+    def shutdown(self, how: int, /) -> None:
+        """SHUT_RD, SHUT_WR (the peer reads end of file) or SHUT_RDWR."""
+        if how not in (_std.SHUT_RD, _std.SHUT_WR, _std.SHUT_RDWR):
+            raise OSError(errno.EINVAL, f"shutdown() takes SHUT_RD, SHUT_WR or SHUT_RDWR, not {how}")
+        self._need().shutdown(int(how))
+
+    # -- options --
+
+    def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None, /) -> None:
+        """Set an option to an int or packed bytes. ENOPROTOOPT: not one of this stack's."""
+        self._options.set(self._need(), level, optname, value, optlen)
+
+    def getsockopt(self, level: int, optname: int, buflen: int = 0, /) -> Any:
+        """An option's value: an int, or bytes when buflen is given."""
+        if level == _std.SOL_SOCKET and optname == _std.SO_ERROR and self._connecting:
+            return self._connect_error()
+        return self._options.get(self._need(), level, optname, listening=self._listening, buflen=buflen)
+
+    def _connect_error(self) -> int:
+        # How programs learn the outcome of a connect that they did not wait for.
+        session = self._need()
+        number = session.take_error()
+        if number:
+            self._connecting = False
+        elif session.live and session.state not in _UNCONNECTED:
+            self._connecting = False
+            self._adopt(session, True)
+            self._options.apply(session)
+        return number
+
+    # -- files and descriptors --
+
+    def fileno(self) -> int:
+        """A descriptor for select, poll and epoll, made at the first call; -1 once closed."""
+        session = self.session
+        return -1 if session is None else session.fileno()
+
+    def makefile(
+        self,
+        mode: str = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> IO[Any]:
+        """A file object over the connection; closing the socket takes effect when all of them are closed."""
+        # The standard implementation only needs our recv_into(), send() and _io_refs.
+        return cast(
+            IO[Any],
+            _std.socket.makefile(  # type: ignore[call-overload]
+                self, mode, buffering, encoding=encoding, errors=errors, newline=newline
+            ),
+        )
+
+    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+        """Send a binary file from ``offset`` to its end, or ``count`` bytes; returns the bytes sent."""
+        if "b" not in getattr(file, "mode", "b"):
+            raise ValueError("file should be opened in binary mode")
+        if self.type != _std.SOCK_STREAM:
+            raise ValueError("only SOCK_STREAM type sockets are supported")
+        if count is not None and (not isinstance(count, int) or count <= 0):
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        if self._timeout_ns == 0:
+            raise ValueError("non-blocking sockets are not supported")
+        if offset:
+            file.seek(offset)
+        total = 0
+        try:
+            while count is None or total < count:
+                data = file.read(_SENDFILE_BYTES if count is None else min(_SENDFILE_BYTES, count - total))
+                if not data:
+                    break
+                self.sendall(data)
+                total += len(data)
+        finally:
+            if total and file.seekable():
+                file.seek(offset + total)
+        return total
+
+    def dup(self) -> socket:
+        """Refused: a session has one owner."""
+        raise OSError(errno.EOPNOTSUPP, "a connection of this stack has one owner: dup() is not possible, use one socket")
+
+    def get_inheritable(self) -> bool:
+        """Always False: a connection lives in this process."""
+        return False
+
+    def set_inheritable(self, inheritable: bool, /) -> None:
+        """Only False is possible."""
+        if inheritable:
+            raise OSError(errno.EOPNOTSUPP, "a connection of this stack lives in this process: it cannot be inherited")
+
+    def detach(self) -> int:
+        """Give the connection up to its descriptor; ``socket(fileno=...)`` takes it over again, ``close(fd)`` ends it."""
+        session = self.session
+        if session is None:
+            return -1
+        fd = session.fileno()
+        keeper = _wrap(self._host, session, self.proto, self._options, self._named)
+        keeper._bound, keeper._listening, keeper._connecting = self._bound, self._listening, self._connecting
+        _detached[fd] = keeper
+        self._adopt(None, False)
+        self._closed = True
+        return fd
+
+    # -- the end --
+
+    def close(self) -> None:
+        """Done with it. The connection ends in the background: what was sent is delivered, nothing blocks."""
+        self._closed = True
+        if self._io_refs <= 0:
+            self._real_close()
+
+    def _decref_socketios(self) -> None:  # called by the standard SocketIO
+        if self._io_refs > 0:
+            self._io_refs -= 1
+        if self._closed:
+            self.close()
+
+    def _real_close(self) -> None:
+        session = self.session
+        if session is not None:
+            self._adopt(None, False)
+            self._host.close(session, abort=self._options.abort_on_close)
+
+    def __enter__(self) -> socket:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._closed:
+            self.close()
+
+    def __del__(self) -> None:
+        if self.session is None:
+            return
+        if not self._closed and not sys.is_finalizing():
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        with contextlib.suppress(Exception):
+            self._real_close()
+
+    def __repr__(self) -> str:
+        session = self.session
+        text = f"<{type(self).__module__}.{type(self).__qualname__}"
+        if session is None:
+            return f"{text} [closed]>"
+        text += f" family={self.family}, type={self.type}, proto={self.proto}, state={session.state}"
+        with contextlib.suppress(OSError):
+            text += f", laddr={self.getsockname()}"
+            text += f", raddr={self.getpeername()}"
+        return f"{text}>"
+
+    def __getstate__(self) -> object:
+        raise TypeError(f"cannot pickle {type(self).__name__!r} object")
+
+
+def _wrap(host: Host, session: Session, proto: int, options: Options, named: bool) -> socket:
+    """A socket around a session that exists already."""
+    sock = socket.__new__(socket)
+    sock._closed = True
+    sock._io_refs = 0
+    sock._setup(host, session, proto, options, named)
+    return sock
+
+
+def _show(address: _Address) -> str:
+    return f"{address[0]}:{address[1]}"
+
+
+SocketType = socket
+
+
+# -- functions that open sockets -----------------------------------------------------------------
+
+
+def getdefaulttimeout() -> float | None:
+    """The time-out of new sockets, in seconds; None: they wait for ever."""
+    return _default_timeout
+
+
+def setdefaulttimeout(value: float | None, /) -> None:
+    """Set the time-out of new sockets of this module (the standard module has one of its own)."""
+    global _default_timeout
+    if value is not None and not value >= 0:
+        raise ValueError("Timeout value out of range")
+    _default_timeout = value
+
+
+def create_connection(
+    address: tuple[str | None, int],
+    timeout: float | None = _GLOBAL_DEFAULT_TIMEOUT,
+    source_address: _Address | None = None,
+    *,
+    all_errors: bool = False,
+    host: Host | None = None,
+) -> socket:
+    """Connect to (name, port), trying each IPv4 address of the name. Raises the last error (``all_errors``: all of them)."""
+    errors: list[OSError] = []
+    for family, kind, proto, _, target in getaddrinfo(address[0], address[1], _std.AF_INET, _std.SOCK_STREAM):
+        sock = None
+        try:
+            sock = socket(family, kind, proto, host=host)
+            if timeout is not _GLOBAL_DEFAULT_TIMEOUT:
+                sock.settimeout(timeout)
+            if source_address:
+                sock.bind(source_address)
+            sock.connect(target)
+            return sock
+        except OSError as e:
+            errors.append(e)
+            if sock is not None:
+                sock.close()
+    try:
+        if not errors:
+            raise OSError("getaddrinfo returns an empty list")
+        if all_errors:
+            raise ExceptionGroup("create_connection failed", errors)
+        raise errors[-1]
+    finally:
+        errors.clear()  # breaks the cycle through the traceback
+
+
+def create_server(
+    address: _Address,
+    *,
+    family: int = _std.AF_INET,
+    backlog: int | None = None,
+    reuse_port: bool = False,
+    dualstack_ipv6: bool = False,
+    host: Host | None = None,
+) -> socket:
+    """A listening TCP socket bound to (host, port), with SO_REUSEADDR."""
+    if dualstack_ipv6:
+        raise ValueError("dualstack_ipv6 not supported on this platform")
+    sock = socket(family, _std.SOCK_STREAM, host=host)
+    try:
+        sock.setsockopt(_std.SOL_SOCKET, _std.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(_std.SOL_SOCKET, _std.SO_REUSEPORT, 1)
+        try:
+            sock.bind(address)
+        except OSError as e:
+            message = f"{e.strerror} (while attempting to bind on address {address!r})"
+            raise OSError(e.errno, message) from None
+        if backlog is None:
+            sock.listen()
+        else:
+            sock.listen(backlog)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def has_dualstack_ipv6() -> bool:
+    """False: this stack speaks IPv4."""
+    return False
+
+
+def fromfd(fd: int, family: int, type: int, proto: int = 0) -> socket:
+    """Refused: it would duplicate a descriptor, and a session has one owner (see ``socket.detach``)."""
+    raise OSError(errno.EOPNOTSUPP, "fromfd() duplicates a descriptor, which this stack cannot: use socket(fileno=...)")
+
+
+def dup(fd: int, /) -> int:
+    """Refused, as ``socket.dup``."""
+    raise OSError(errno.EOPNOTSUPP, "a connection of this stack has one owner: dup() is not possible")
+
+
+def close(fd: int, /) -> None:
+    """Close what ``detach()`` left: a connection of this stack, or any other descriptor."""
+    sock = _detached.pop(fd, None)
+    if sock is None:
+        _std.close(fd)
+    else:
+        sock.close()
+
+
+if not TYPE_CHECKING:
+    # Everything else is the standard module's: constants, exceptions, look-ups.
+    globals().update((name, value) for name, value in vars(_std).items() if name.isidentifier() and name not in globals())
+
+__all__ = sorted({name for name in _std.__all__ if name in globals()} | {"get_default_host", "set_default_host"})

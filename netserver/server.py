@@ -103,6 +103,7 @@ class NetServer:
         for fd in (self.hub.fileno(), self.link.fileno(), self.watch.fileno(), self._wake_r):
             self._poll.register(fd, select.POLLIN)
         self.calls.start(self._counters)
+        self.engine.announce()
 
     def _table(self, calls: Calls) -> SessionTable:
         return SessionTable(self.address.address, self.engine, self.demux, self.guard, calls.deliver, calls.forward)

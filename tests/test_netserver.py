@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from tests.netserver_bed import ADDRESS, NOBODY, PEER, Bed, read_line, wait_for
-from ulnet.ipc import PortRight, Task
-from ulnet.ipc.codes import MsgType
+from ulnet.ipc import MsgType, PortRight, Task
 from ulnet.kernelshim.testbed import can_testbed
 from ulnet.stack import protocol as p
 from ulnet.stack import socket

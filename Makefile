@@ -1,1 +1,45 @@
-# demo, test, bench, lint: each builds what it needs first.
+# Each target builds what it needs: a virtual environment in .venv with the package in it, compiled in place.
+#   make demo    the main job on real traffic, on two test hosts made for it
+#   make test    the tests
+#   make bench   the benchmark suite (needs quiet processors)
+#   make lint    ruff, mypy, performance hints of the Cython build
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard kernelshim/*.p[yx]* stack/*.p[yx]* kernelshim/*.h stack/*.h) setup.py pyproject.toml
+
+.PHONY: demo test bench lint dist clean
+demo: .stamp-build
+	@$(BIN)/python -m ulnet demo
+
+test: .stamp-build
+	$(BIN)/python -m pytest -q tests
+
+bench: .stamp-build
+	$(BIN)/python -m pytest -q bench --benchmark-autosave
+
+lint: .stamp-build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python ci/hints.py
+
+dist: .stamp-venv
+	$(BIN)/python ci/dist.py
+
+.stamp-venv: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	@$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); q = p['project']; \
+	  print(*p['build-system']['requires'], *q['dependencies'], *q['optional-dependencies']['dev'], sep='\n')" > $@.txt
+	$(BIN)/python -m pip install -q -r $@.txt
+	touch $@
+
+.stamp-build: .stamp-venv $(SOURCES)
+	@echo "building (some minutes)"
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf .venv .stamp-* build dist *.egg-info
+	find kernelshim stack -name '*.so' -delete -o -name '*.c' -delete

@@ -1,0 +1,269 @@
+"""A channel's packet socket: made, confined and described by the server, opened by the application.
+
+Order that works: socket for no protocol yet, filter, PACKET_IGNORE_OUTGOING, SO_MARK, PACKET_VNET_HDR,
+TPACKET_V2, buffers, ring, bind to all devices, fanout, SO_LOCK_FILTER. Nothing is received before the bind,
+and the filter stands by then. Read first: packet(7), Documentation/networking/packet_mmap.rst.
+
+The socket is bound to all devices so that one descriptor serves the network and the loopback device, by
+which a stack talks to its own address; the filter says which devices count.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable
+from ipaddress import IPv4Address
+from typing import NamedTuple
+
+from ulnet.kernelshim import bpf, filters
+from ulnet.kernelshim.packet import PacketLink
+
+__all__ = [
+    "CHANNEL_MARK",
+    "CHANNEL_MARK_MASK",
+    "DEFAULT_SLOTS",
+    "ChannelGrant",
+    "Ring",
+    "channel_mark",
+    "open_embedded",
+    "packet_socket",
+    "ring_for",
+]
+
+# SO_MARK of a channel: the tag in the high bits, the channel id in the low ones. The outgoing guard matches
+# the tag; the application cannot change the mark (that needs CAP_NET_ADMIN or CAP_NET_RAW).
+CHANNEL_MARK = 0x756C0000  # "ul"
+CHANNEL_MARK_MASK = 0xFFFF0000
+CHANNEL_ID_MAX = 0xFFFF
+
+DEFAULT_SLOTS = 128
+_FRAME_MAX = 65535 + 14  # a whole IPv4 packet or super-segment behind its Ethernet header
+_SLOT_OVERHEAD = 128  # tpacket2_hdr, sockaddr_ll, virtio_net_hdr and their alignment: 92 used
+_BLOCK_PAGES_MAX = 256  # the kernel allocates a block in one piece of a power of two pages
+
+# linux/if_packet.h
+PACKET_RX_RING, PACKET_VERSION, PACKET_VNET_HDR, PACKET_FANOUT = 5, 10, 15, 18
+PACKET_FANOUT_DATA, PACKET_IGNORE_OUTGOING = 22, 23
+FANOUT_HASH, FANOUT_CBPF, FANOUT_EBPF = 0, 6, 7
+FANOUT_FLAG_UNIQUEID, FANOUT_FLAG_IGNORE_OUTGOING, FANOUT_FLAG_DEFRAG = 0x2000, 0x4000, 0x8000
+_TPACKET_V2 = 1
+_ETH_P_ALL = 0x0003
+# asm-generic/socket.h, what the socket module does not name
+SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_LOCK_FILTER, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 26, 50, 44, 32, 33
+SOL_PACKET = 263
+_SIOCGIFMTU, _SIOCGIFHWADDR = 0x8921, 0x8927
+_ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
+
+_SEND_BUFFER_BYTES = 4 << 20  # a 64 KiB super-segment wants 1 MiB; several may wait in a real device
+_IPC_BUFFER_BYTES = 8 << 20  # without a ring the socket's queue is what takes a burst
+
+
+class Ring(NamedTuple):
+    """Size of a packet ring. No slots: no ring."""
+
+    slots: int
+    slot_bytes: int
+    slots_per_block: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+
+NO_RING = Ring(0, 0, 0)
+
+
+def ring_for(slots: int = DEFAULT_SLOTS, frame_bytes: int = _FRAME_MAX) -> Ring:
+    """A ring of at least ``slots`` slots, each holding a whole frame and being whole pages.
+
+    Blocks hold as many slots as fit into a power of two of pages with little waste, so the number of slots
+    is rounded up (128 become 135: nine blocks of 15 slots of 17 pages).
+    """
+    if slots < 4:
+        raise ValueError(f"a ring of {slots} slots is too small: it needs at least 4")
+    page = os.sysconf("SC_PAGESIZE")
+    pages = -(-(frame_bytes + _SLOT_OVERHEAD) // page)
+    per_block = max(1, min(slots, max(_BLOCK_PAGES_MAX * 4096 // page, pages) // pages))
+    return Ring(-(-slots // per_block) * per_block, pages * page, per_block)
+
+
+class ChannelGrant(NamedTuple):
+    """What the server hands an application with the descriptor: all it needs to open the channel.
+
+    Every field but ``fd`` can be sent as data; the receiver replaces ``fd`` by the descriptor it got.
+    """
+
+    channel_id: int
+    fd: int
+    mark: int
+    interface: str
+    slots: int
+    slot_bytes: int
+    ifindex: int
+    loopback_ifindex: int
+    mac: bytes
+    mtu: int
+
+    def open(self, fd: int | None = None, interface: str | None = None) -> PacketLink:
+        """The channel as a link. Takes the descriptor over: the grant's own, or the one given."""
+        return PacketLink(
+            self.fd if fd is None else fd,
+            ifindex=self.ifindex,
+            loopback_ifindex=self.loopback_ifindex,
+            mac=self.mac,
+            mtu=self.mtu,
+            interface=interface or self.interface,
+            slots=self.slots,
+            slot_bytes=self.slot_bytes,
+        )
+
+
+class Device(NamedTuple):
+    """What a stack must know of a network interface."""
+
+    name: str
+    ifindex: int
+    loopback_ifindex: int
+    mac: bytes
+    mtu: int
+
+
+def device(name: str) -> Device:
+    """Look an interface up in this network namespace. Raises OSError(ENODEV) or ValueError."""
+    try:
+        ifindex = socket.if_nametoindex(name)
+    except OSError:
+        raise OSError(errno.ENODEV, f"no network interface {name!r} in this namespace (see `ip link`)") from None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        request = struct.pack("16s24x", name.encode())
+        hardware = fcntl.ioctl(asking, _SIOCGIFHWADDR, request)
+        (mtu,) = struct.unpack_from("=i", fcntl.ioctl(asking, _SIOCGIFMTU, request), 16)
+    (kind,) = struct.unpack_from("=H", hardware, 16)
+    if kind not in (_ARPHRD_ETHER, _ARPHRD_LOOPBACK):
+        raise ValueError(f"interface {name!r} is not Ethernet (hardware type {kind}): use another one")
+    return Device(name, ifindex, socket.if_nametoindex("lo"), hardware[18:24], mtu)
+
+
+def channel_mark(channel_id: int) -> int:
+    """SO_MARK of a channel."""
+    if not 0 <= channel_id <= CHANNEL_ID_MAX:
+        raise ValueError(f"channel id {channel_id}: it must be 0 to {CHANNEL_ID_MAX}")
+    return CHANNEL_MARK | channel_id
+
+
+def attach_classic(sock: socket.socket, program: bytes) -> None:
+    """Set a socket's filter to a classic program."""
+    argument, memory = bpf.attachable(program)
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, argument)
+    del memory
+
+
+def attach_extended(sock: socket.socket, program: bpf.ExtendedProgram) -> None:
+    """Load an extended program and set it as the socket's filter."""
+    fd = bpf.load_socket_filter(program)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, fd)
+    finally:
+        os.close(fd)
+
+
+def _grow(sock: socket.socket, forced: int, polite: int, size: int) -> None:
+    """Buffer size; without CAP_NET_ADMIN over the whole machine, what sysctl net.core.*mem_max allows."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, forced, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, polite, size)
+
+
+def packet_socket(
+    attach: Callable[[socket.socket], None],
+    *,
+    ring: Ring = NO_RING,
+    mark: int | None = None,
+    join: Callable[[socket.socket], None] | None = None,
+    lock: bool = True,
+) -> socket.socket:
+    """A confined packet socket, in the order that leaves no gap (see the head of this file).
+
+    ``attach`` sets its filter, ``join`` puts it into a fanout group. Raises PermissionError without
+    CAP_NET_RAW, OSError when the kernel refuses a step (ENOMEM: no memory for the ring).
+    """
+    try:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
+    except PermissionError:
+        raise PermissionError(
+            errno.EPERM,
+            "a packet socket needs CAP_NET_RAW: run as root, or in a user and network namespace of your own "
+            "(`unshare -Urn`)",
+        ) from None
+    try:
+        attach(sock)
+        sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+        if mark is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        _grow(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        if ring.slots:
+            sock.setsockopt(SOL_PACKET, PACKET_VERSION, _TPACKET_V2)
+            blocks = ring.slots // ring.slots_per_block
+            request = struct.pack("=4I", ring.slot_bytes * ring.slots_per_block, blocks, ring.slot_bytes, ring.slots)
+            sock.setsockopt(SOL_PACKET, PACKET_RX_RING, request)
+        else:
+            _grow(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, _IPC_BUFFER_BYTES)
+        _bind_all_devices(sock)
+        if join is not None:
+            join(sock)
+        if lock:
+            sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind_all_devices(sock: socket.socket) -> None:
+    """bind(2) to ETH_P_ALL and interface index 0, which the socket module cannot say."""
+    address = struct.pack("=HHiHBB8x", socket.AF_PACKET, socket.htons(_ETH_P_ALL), 0, 0, 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.bind(sock.fileno(), address, len(address)) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot bind a packet socket to all devices: {os.strerror(code)}")
+
+
+def fanout_arguments(group: int, kind: int, flags: int, members: int = 0) -> bytes:
+    """struct fanout_args; without ``members`` the older, shorter form (at most 256 members)."""
+    args = struct.pack("=HH", group, kind | flags)
+    return args + struct.pack("=I", members) if members else args
+
+
+def join_alone(sock: socket.socket) -> None:
+    """A fanout group of one, only for its reassembly of IPv4 fragments."""
+    flags = FANOUT_FLAG_UNIQUEID | FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG
+    sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(0, FANOUT_HASH, flags))
+
+
+def open_embedded(
+    interface: str, address: IPv4Address, *, packet_interface: str = "ipf", slots: int = DEFAULT_SLOTS
+) -> PacketLink:
+    """One channel for a stack that is its own server: ARP for the address and every packet to it.
+
+    Raises OSError (no such interface, no privilege) or ValueError.
+    """
+    where = device(interface)
+    place = filters.Place(where.ifindex, where.loopback_ifindex, IPv4Address(address))
+    program = filters.classic_server_filter(place)
+    ring = NO_RING if packet_interface == "ipc" else ring_for(slots)
+    sock = packet_socket(lambda made: attach_classic(made, program), ring=ring, join=join_alone, lock=False)
+    return PacketLink(
+        sock.detach(),
+        ifindex=where.ifindex,
+        loopback_ifindex=where.loopback_ifindex,
+        mac=where.mac,
+        mtu=where.mtu,
+        interface=packet_interface,
+        slots=ring.slots,
+        slot_bytes=ring.slot_bytes,
+    )

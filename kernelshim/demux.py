@@ -1,0 +1,404 @@
+"""The server's demultiplexer: which channel gets the packets of which flow.
+
+One PACKET_FANOUT group holds every channel of an address. Member 0 rejects, member 1 is the server, the
+others are channels. With CAP_BPF the selector looks flows up in a map, so that its cost does not grow with
+channels or flows; without, a classic program is replaced at each change of a flow.
+
+Two rules of the kernel shape this file (net/packet/af_packet.c): a leaving member's place is taken by the
+last one; and a member that changes its ring leaves and joins again, which would shift the others. The
+server therefore keeps every ring mapped, and the kernel then refuses such a change.
+"""
+
+import errno
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from ipaddress import IPv4Address
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+from ulnet.kernelshim import bpf, filters
+from ulnet.kernelshim.channel import (
+    CHANNEL_ID_MAX,
+    DEFAULT_SLOTS,
+    FANOUT_CBPF,
+    FANOUT_EBPF,
+    FANOUT_FLAG_DEFRAG,
+    FANOUT_FLAG_IGNORE_OUTGOING,
+    FANOUT_FLAG_UNIQUEID,
+    NO_RING,
+    PACKET_FANOUT,
+    PACKET_FANOUT_DATA,
+    SOL_PACKET,
+    ChannelGrant,
+    Ring,
+    attach_classic,
+    attach_extended,
+    channel_mark,
+    device,
+    fanout_arguments,
+    packet_socket,
+    ring_for,
+)
+from ulnet.kernelshim.filters import Flow, Place
+from ulnet.kernelshim.packet import PacketLink
+
+__all__ = ["Demux", "Flow"]
+
+DEFAULT_MAX_CHANNELS = 4096
+_MAX_FLOWS = 1 << 20
+_PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+
+
+class _Member:
+    """One channel as the server sees it."""
+
+    def __init__(self, channel_id: int, sock: socket.socket, ring: Ring) -> None:
+        self.channel_id = channel_id
+        self.sock: socket.socket | None = sock
+        self.index = -1  # where the selector believes it stands; -1: nowhere yet
+        self.inode = os.fstat(sock.fileno()).st_ino
+        # Never touched: it only keeps the application from replacing the ring.
+        self.pin = mmap.mmap(sock.fileno(), ring.total_bytes, mmap.MAP_SHARED, mmap.PROT_READ) if ring.slots else None
+
+    def let_go(self) -> None:
+        if self.pin is not None:
+            self.pin.close()
+            self.pin = None
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+
+def _living_inodes() -> set[int]:
+    """Inodes of the packet sockets in this thread's network namespace."""
+    with open("/proc/thread-self/net/packet") as table:
+        next(table)
+        return {int(line.rsplit(None, 1)[1]) for line in table}
+
+
+class Demux:
+    """Channels of one address on one interface, and the flows that lead to them.
+
+    ``ebpf``: None takes eBPF when this process may use it, else classic BPF (some 500 flows at most).
+    Raises OSError when the interface does not exist or privilege is missing, ValueError for a bad argument.
+    Not thread-safe: one thread of the server owns it.
+    """
+
+    def __init__(
+        self,
+        interface: str,
+        address: IPv4Address,
+        *,
+        ebpf: bool | None = None,
+        server_interface: str = "ipf",
+        server_slots: int = DEFAULT_SLOTS,
+        max_channels: int = DEFAULT_MAX_CHANNELS,
+    ) -> None:
+        if not 2 <= max_channels <= CHANNEL_ID_MAX:
+            raise ValueError(f"at most {max_channels} channels: it must be 2 to {CHANNEL_ID_MAX}")
+        self.device = device(interface)
+        self.place = Place(self.device.ifindex, self.device.loopback_ifindex, IPv4Address(address))
+        self.ebpf = bpf.available() if ebpf is None else ebpf
+        self._max_channels = max_channels
+        self._flows: dict[Flow, int] = {}
+        self._order: list[_Member] = []  # fanout order, from SERVER_INDEX + 1 on
+        self._members: dict[int, _Member] = {}
+        self._next_id = 1
+        self._group: int | None = None
+        self._sockets: list[socket.socket] = []
+        self._server_interface = server_interface
+        self._flow_map: bpf.Map | None = None
+        self._slot_map: bpf.Map | None = None
+        try:
+            self._open_maps()
+            # With DEFRAG every member reassembles; the reject socket stands first and never leaves.
+            self._reject = self._keep(packet_socket(self._reject_filter, join=self._join, lock=False))
+            self._server_ring = NO_RING if server_interface == "ipc" else ring_for(server_slots)
+            self._server = self._keep(
+                packet_socket(
+                    self._server_filter,
+                    ring=self._server_ring,
+                    mark=channel_mark(filters.SERVER_CHANNEL),
+                    join=self._join,
+                    lock=False,
+                )
+            )
+            self._publish()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- set-up ----
+
+    def _keep(self, sock: socket.socket) -> socket.socket:
+        self._sockets.append(sock)
+        return sock
+
+    def _open_maps(self) -> None:
+        if not self.ebpf:
+            return
+        try:
+            self._flow_map = bpf.Hash(filters.KEY_BYTES, 4, _MAX_FLOWS)
+            self._slot_map = bpf.Array(4, self._max_channels + 1)
+            self._slot_map.update(struct.pack("=I", filters.SERVER_CHANNEL), struct.pack("=I", filters.SERVER_INDEX))
+            self._selector = bpf.load_socket_filter(
+                filters.extended_selector(self.place, self._flow_map, self._slot_map)
+            )
+        except PermissionError:
+            raise PermissionError(errno.EPERM, "eBPF needs CAP_BPF: run as root, or pass ebpf=False") from None
+
+    def _reject_filter(self, sock: socket.socket) -> None:
+        attach_classic(sock, filters.classic_reject())
+
+    def _server_filter(self, sock: socket.socket) -> None:
+        if self._flow_map is None:
+            attach_classic(sock, filters.classic_server_filter(self.place))
+        else:
+            attach_extended(sock, filters.extended_server_filter(self.place, self._flow_map))
+
+    def _join(self, sock: socket.socket) -> None:
+        kind = FANOUT_EBPF if self.ebpf else FANOUT_CBPF
+        flags = FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG
+        members = self._max_channels + 2
+        if self._group is None:
+            flags |= FANOUT_FLAG_UNIQUEID
+            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(0, kind, flags, members))
+            self._group = sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
+            if self.ebpf:
+                sock.setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, self._selector)
+                os.close(self._selector)
+        else:
+            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(self._group, kind, flags, members))
+
+    # ---- channels ----
+
+    def open_server_channel(self) -> PacketLink:
+        """The channel that gets what no other channel's flow matches, and ARP. One at a time."""
+        return self._link(self._server, self._server_interface, self._server_ring)
+
+    def _link(self, sock: socket.socket, interface: str, ring: Ring) -> PacketLink:
+        return PacketLink(
+            os.dup(sock.fileno()),
+            ifindex=self.device.ifindex,
+            loopback_ifindex=self.device.loopback_ifindex,
+            mac=self.device.mac,
+            mtu=self.device.mtu,
+            interface=interface,
+            slots=ring.slots,
+            slot_bytes=ring.slot_bytes,
+        )
+
+    def open_channel(self, interface: str = "ipf", *, slots: int = DEFAULT_SLOTS) -> ChannelGrant:
+        """Make a channel without flows. The grant's ``fd`` belongs to the caller: pass it on, then close it.
+
+        Raises OSError(ENOSPC) when all channels are in use.
+        """
+        if interface not in ("ipf", "shm", "ipc"):
+            raise ValueError(f"packet interface {interface!r}: it must be one of 'ipf', 'shm', 'ipc'")
+        self.sweep()
+        channel_id = self._free_id()
+        ring = NO_RING if interface == "ipc" else ring_for(slots)
+
+        def attach(sock: socket.socket) -> None:
+            if self._flow_map is None:
+                attach_classic(sock, filters.classic_channel_filter(self.place))
+            else:
+                attach_extended(sock, filters.extended_channel_filter(self.place, self._flow_map, channel_id))
+
+        sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id), join=self._join)
+        try:
+            member = _Member(channel_id, sock, ring)
+        except BaseException:
+            sock.close()
+            raise
+        self._members[channel_id] = member
+        self._order.append(member)
+        self._show(member, len(self._order) - 1)
+        return ChannelGrant(
+            channel_id=channel_id,
+            fd=os.dup(sock.fileno()),
+            mark=channel_mark(channel_id),
+            interface=interface,
+            slots=ring.slots,
+            slot_bytes=ring.slot_bytes,
+            ifindex=self.device.ifindex,
+            loopback_ifindex=self.device.loopback_ifindex,
+            mac=self.device.mac,
+            mtu=self.device.mtu,
+        )
+
+    def _free_id(self) -> int:
+        if len(self._members) >= self._max_channels:
+            raise OSError(errno.ENOSPC, f"all {self._max_channels} channels are in use")
+        while self._next_id in self._members:
+            self._next_id = self._next_id % self._max_channels + 1
+        channel_id = self._next_id
+        self._next_id = channel_id % self._max_channels + 1
+        return channel_id
+
+    def close_channel(self, channel_id: int) -> bool:
+        """Remove a channel and its flows; their packets go to the server from now on.
+
+        False when somebody still holds the descriptor: the channel then receives nothing, keeps its id and
+        its mark, and leaves for good at a later ``sweep`` (each open and close does one).
+        """
+        member = self._member(channel_id)
+        for flow in [flow for flow, owner in self._flows.items() if owner == channel_id]:
+            self._drop_flow(flow)
+        if member.sock is not None:
+            # The kernel moves the last member into the leaver's place. Say so first: a packet that comes
+            # between finds a dying channel, whose filter drops it, and not the server, which would reset it.
+            self._show(self._order[-1], self._order.index(member))
+            member.let_go()
+        self.sweep()
+        return channel_id not in self._members
+
+    def sweep(self) -> int:
+        """Take note of closed channels whose descriptors are gone by now; returns how many are still there."""
+        leaving = [member for member in self._order if member.sock is None]
+        if not leaving:
+            return 0
+        living = _living_inodes()
+        for member in leaving:
+            if member.inode in living:
+                continue
+            at = self._order.index(member)
+            last = self._order.pop()
+            if last is not member:
+                self._order[at] = last
+            del self._members[member.channel_id]
+        for at, member in enumerate(self._order):
+            self._show(member, at, publish=False)
+        self._publish()
+        return sum(member.sock is None for member in self._order)
+
+    def channels(self) -> list[int]:
+        """Ids of the channels that exist, those that wait for a last holder included."""
+        return sorted(self._members)
+
+    def _member(self, channel_id: int) -> _Member:
+        try:
+            return self._members[channel_id]
+        except KeyError:
+            raise ValueError(f"there is no channel {channel_id}") from None
+
+    def _show(self, member: _Member, at: int, *, publish: bool = True) -> None:
+        """Tell the selector at which place of ``_order`` a channel's socket stands."""
+        index = at + filters.SERVER_INDEX + 1
+        if member.index == index:
+            return
+        member.index = index
+        if self._slot_map is not None:
+            self._slot_map.update(struct.pack("=I", member.channel_id), struct.pack("=I", index))
+        elif publish:
+            self._publish()
+
+    # ---- flows ----
+
+    def add_flow(
+        self, proto: int, laddr: IPv4Address, lport: int, raddr: IPv4Address | None, rport: int, channel_id: int
+    ) -> None:
+        """Lead a flow to a channel (0: to the server). ``raddr`` None and ``rport`` 0: from any remote.
+
+        Raises ValueError for an impossible flow, OSError(EADDRINUSE) when it leads somewhere already.
+        """
+        flow = self._flow(proto, laddr, lport, raddr, rport)
+        if flow in self._flows:
+            raise OSError(errno.EADDRINUSE, f"{flow} leads to channel {self._flows[flow]} already")
+        self._lead(flow, channel_id)
+
+    def move_flow(
+        self, proto: int, laddr: IPv4Address, lport: int, raddr: IPv4Address | None, rport: int, channel_id: int
+    ) -> None:
+        """Lead a known flow to another channel (0: to the server), from one packet to the next. Raises KeyError."""
+        flow = self._flow(proto, laddr, lport, raddr, rport)
+        if flow not in self._flows:
+            raise KeyError(flow)
+        self._lead(flow, channel_id)
+
+    def remove_flow(self, proto: int, laddr: IPv4Address, lport: int, raddr: IPv4Address | None, rport: int) -> None:
+        """Forget a flow: its packets go to the server, or to a wildcard that matches. Raises KeyError."""
+        self._drop_flow(self._flow(proto, laddr, lport, raddr, rport))
+
+    def flows(self) -> Mapping[Flow, int]:
+        """Every flow and the channel it leads to; a read-only view."""
+        return MappingProxyType(self._flows)
+
+    def _flow(self, proto: int, laddr: IPv4Address, lport: int, raddr: IPv4Address | None, rport: int) -> Flow:
+        if proto not in _PROTOCOLS:
+            raise ValueError(f"protocol {proto}: a flow is TCP (6) or UDP (17)")
+        if laddr != self.place.address:
+            raise ValueError(f"local address {laddr}: this demultiplexer serves {self.place.address}")
+        if not 1 <= lport <= 65535:
+            raise ValueError(f"local port {lport}: it must be 1 to 65535")
+        if (raddr is None) != (rport == 0) or not 0 <= rport <= 65535:
+            raise ValueError(f"remote {raddr} port {rport}: give both (port 1 to 65535), or None and 0 for any")
+        return Flow(proto, laddr, lport, raddr, rport)
+
+    def _lead(self, flow: Flow, channel_id: int) -> None:
+        if channel_id != filters.SERVER_CHANNEL and self._member(channel_id).sock is None:
+            raise ValueError(f"channel {channel_id} is closed")
+        if self._flow_map is not None:
+            self._flow_map.update(filters.flow_key(flow), struct.pack("=I", channel_id))
+            self._flows[flow] = channel_id
+            return
+        before = self._flows.get(flow)
+        self._flows[flow] = channel_id
+        try:
+            self._publish()
+        except OSError:
+            if before is None:
+                del self._flows[flow]
+            else:
+                self._flows[flow] = before
+            raise
+
+    def _drop_flow(self, flow: Flow) -> None:
+        del self._flows[flow]
+        if self._flow_map is not None:
+            self._flow_map.delete(filters.flow_key(flow))
+        else:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Replace the classic selector; nothing to do with maps."""
+        if self._flow_map is not None:
+            return
+        program = filters.classic_selector(
+            self.place, {flow: self._index_of(channel_id) for flow, channel_id in self._flows.items()}
+        )
+        argument, memory = bpf.attachable(program)
+        # Through the reject socket: the kernel takes this only from a member whose filter is not locked.
+        self._sockets[0].setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, argument)
+        del memory
+
+    def _index_of(self, channel_id: int) -> int:
+        return filters.SERVER_INDEX if channel_id == filters.SERVER_CHANNEL else self._members[channel_id].index
+
+    # ---- end ----
+
+    def close(self) -> None:
+        """Close every socket of the server's. Channels that applications hold stay open, but get nothing new."""
+        for member in self._members.values():
+            member.let_go()
+        self._members.clear()
+        self._order.clear()
+        self._flows.clear()
+        for sock in reversed(self._sockets):
+            sock.close()
+        self._sockets.clear()
+        for table in (self._flow_map, self._slot_map):
+            if table is not None:
+                table.close()
+        self._flow_map = self._slot_map = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,468 @@
+"""The programs that decide which packets a channel sees: fanout selectors and per-channel filters.
+
+Order in the kernel: PACKET_FANOUT reassembles IPv4 fragments, runs the selector (which member gets the
+packet), then that member's own filter (whether it gets it at all). Member 0 rejects everything, member 1 is
+the server, so that an index beyond the group, taken modulo its size, never reaches a wrong reader unseen.
+
+The extended programs look flows up in a hash map that the server edits. The classic ones, for processes
+without CAP_BPF, carry the flows in their code and are replaced whenever a flow changes.
+"""
+
+import socket
+import struct
+import sys
+from collections.abc import Mapping
+from ipaddress import IPv4Address
+from typing import NamedTuple
+
+from ulnet.kernelshim.bpf import (
+    AD_IFINDEX,
+    AD_PKTTYPE,
+    AD_PROTOCOL,
+    AD_VLAN_TAG_PRESENT,
+    SKF_NET_OFF,
+    ClassicProgram,
+    ExtendedProgram,
+    Map,
+)
+
+REJECT_INDEX = 0  # fanout index of the socket whose filter drops everything
+SERVER_INDEX = 1  # fanout index of the server's channel
+SERVER_CHANNEL = 0  # channel id of the server
+
+_ACCEPT = 0x7FFFFFFF  # a socket filter returns how many bytes to keep
+_HOST, _BROADCAST = 0, 1  # linux/if_packet.h: PACKET_HOST, PACKET_BROADCAST
+_ETH_P_IP, _ETH_P_ARP = 0x0800, 0x0806
+_ICMP, _TCP, _UDP = 1, 6, 17
+_ICMP_ERRORS = (3, 11, 12)  # RFC 792: destination unreachable, time exceeded, parameter problem
+_NOT_WHOLE = 0x3FFF  # IPv4: more fragments, or an offset
+
+# struct __sk_buff (linux/bpf.h)
+_SKB_PKT_TYPE, _SKB_PROTOCOL, _SKB_VLAN_PRESENT, _SKB_IFINDEX = 4, 16, 20, 40
+_MAP_LOOKUP_ELEM, _SKB_LOAD_BYTES_RELATIVE, _HDR_START_NET = 1, 68, 1
+
+# Key of the flow map: raddr 16, laddr 16, rport, lport (big-endian), protocol, 3 zero bytes. IPv4 addresses as
+# ::ffff:a.b.c.d; no remote (unconnected UDP) is all zero.
+KEY_BYTES = 40
+_KEY = struct.Struct("!16s16sHHB3x")
+_MAPPED = b"\0" * 10 + b"\xff\xff"
+
+
+class Flow(NamedTuple):
+    """What a packet is recognised by. ``raddr`` None and ``rport`` 0: any remote."""
+
+    proto: int
+    laddr: IPv4Address
+    lport: int
+    raddr: IPv4Address | None
+    rport: int
+
+
+class Place(NamedTuple):
+    """Where packets for us come from and go to."""
+
+    ifindex: int
+    loopback_ifindex: int
+    address: IPv4Address
+
+
+def flow_key(flow: Flow) -> bytes:
+    """The flow's key in the map."""
+    raddr = b"\0" * 16 if flow.raddr is None else _MAPPED + flow.raddr.packed
+    return _KEY.pack(raddr, _MAPPED + flow.laddr.packed, flow.rport, flow.lport, flow.proto)
+
+
+# ---- extended ----
+
+# Stack, from the frame pointer down.
+_AT_KEY, _AT_RADDR, _AT_LADDR, _AT_RPORT, _AT_LPORT, _AT_PROTO = -40, -40, -24, -8, -6, -4
+_AT_IP = -64  # 20 bytes
+_AT_INNER = -96  # 8 bytes of ICMP, 20 of the IP header it quotes
+_AT_INDEX = -104
+
+
+def _load_bytes(p: ExtendedProgram, to: int, count: int) -> None:
+    """Copy packet bytes from network header + r2 to the stack; jumps to ``unknown`` when it is too short."""
+    p.alu_reg("mov", 1, 6)
+    p.alu_reg("mov", 3, p.fp)
+    p.alu("add", 3, to)
+    p.alu("mov", 4, count)
+    p.alu("mov", 5, _HDR_START_NET)
+    p.call(_SKB_LOAD_BYTES_RELATIVE)
+    p.jump_if("ne", 0, 0, "unknown")
+
+
+def _header_length(p: ExtendedProgram, dst: int, at: int) -> None:
+    """dst = bytes of the IPv4 header whose first byte is on the stack; else ``unknown``."""
+    p.load(1, dst, p.fp, at)
+    p.alu_reg("mov", 1, dst)
+    p.alu("rsh", 1, 4)
+    p.jump_if("ne", 1, 4, "unknown")
+    p.alu("and", dst, 15)
+    p.alu("lsh", dst, 2)
+    p.jump_if("lt", dst, 20, "unknown")
+
+
+def _find_flow(p: ExtendedProgram, flows: Map) -> None:
+    """Fall through with r0 = address of the channel id; jump to ``unknown`` when no flow matches.
+
+    r6 must hold the context. Uses r7, r8.
+    """
+    p.alu("mov", 2, 0)
+    _load_bytes(p, _AT_IP, 20)
+    _header_length(p, 7, _AT_IP)
+    p.load(2, 1, p.fp, _AT_IP + 6)
+    p.alu("and", 1, socket.htons(_NOT_WHOLE))
+    p.jump_if("ne", 1, 0, "unknown")
+    for at in range(_AT_KEY, 0, 8):
+        p.store_imm(8, p.fp, at, 0)
+    p.store_imm(2, p.fp, _AT_RADDR + 10, 0xFFFF)
+    p.store_imm(2, p.fp, _AT_LADDR + 10, 0xFFFF)
+    p.load(1, 8, p.fp, _AT_IP + 9)
+    p.jump_if("eq", 8, _ICMP, "icmp")
+    p.jump_if("eq", 8, _TCP, "transport")
+    p.jump_if("ne", 8, _UDP, "unknown")
+    p.label("transport")
+    p.load(4, 1, p.fp, _AT_IP + 12)
+    p.store(4, p.fp, _AT_RADDR + 12, 1)
+    p.load(4, 1, p.fp, _AT_IP + 16)
+    p.store(4, p.fp, _AT_LADDR + 12, 1)
+    p.alu_reg("mov", 2, 7)
+    _load_bytes(p, _AT_RPORT, 4)
+    p.jump("search")
+
+    # RFC 792: an error quotes the header of the packet it is about, which we sent: source is local.
+    p.label("icmp")
+    p.alu_reg("mov", 2, 7)
+    _load_bytes(p, _AT_INNER, 28)
+    p.load(1, 1, p.fp, _AT_INNER)
+    for number in _ICMP_ERRORS[:-1]:
+        p.jump_if("eq", 1, number, "quoted")
+    p.jump_if("ne", 1, _ICMP_ERRORS[-1], "unknown")
+    p.label("quoted")
+    _header_length(p, 2, _AT_INNER + 8)
+    p.alu_reg("add", 2, 7)
+    p.alu("add", 2, 8)
+    p.load(2, 1, p.fp, _AT_INNER + 8 + 6)
+    p.alu("and", 1, socket.htons(0x1FFF))  # a later fragment has no ports
+    p.jump_if("ne", 1, 0, "unknown")
+    p.load(1, 8, p.fp, _AT_INNER + 8 + 9)
+    p.jump_if("eq", 8, _TCP, "quoted transport")
+    p.jump_if("ne", 8, _UDP, "unknown")
+    p.label("quoted transport")
+    p.load(4, 1, p.fp, _AT_INNER + 8 + 12)
+    p.store(4, p.fp, _AT_LADDR + 12, 1)
+    p.load(4, 1, p.fp, _AT_INNER + 8 + 16)
+    p.store(4, p.fp, _AT_RADDR + 12, 1)
+    _load_bytes(p, _AT_RPORT, 4)
+    p.load(2, 1, p.fp, _AT_RPORT)
+    p.load(2, 2, p.fp, _AT_LPORT)
+    p.store(2, p.fp, _AT_RPORT, 2)
+    p.store(2, p.fp, _AT_LPORT, 1)
+
+    p.label("search")
+    p.store(1, p.fp, _AT_PROTO, 8)
+    _look_up(p, flows, _AT_KEY)
+    p.jump_if("ne", 0, 0, "found")
+    p.store_imm(8, p.fp, _AT_RADDR, 0)
+    p.store_imm(8, p.fp, _AT_RADDR + 8, 0)
+    p.store_imm(2, p.fp, _AT_RPORT, 0)
+    _look_up(p, flows, _AT_KEY)
+    p.jump_if("eq", 0, 0, "unknown")
+    p.label("found")
+
+
+def _look_up(p: ExtendedProgram, table: Map, key_at: int) -> None:
+    p.load_map(1, table)
+    p.alu_reg("mov", 2, p.fp)
+    p.alu("add", 2, key_at)
+    p.call(_MAP_LOOKUP_ELEM)
+
+
+def _only_ours(p: ExtendedProgram, place: Place, broadcast: bool) -> None:
+    """Jump to ``drop`` unless the packet came to this host on our device, or over the loopback device."""
+    p.load(4, 1, 6, _SKB_VLAN_PRESENT)
+    p.jump_if("ne", 1, 0, "drop")
+    p.load(4, 1, 6, _SKB_IFINDEX)
+    p.jump_if("eq", 1, place.loopback_ifindex, "ours")
+    p.jump_if("ne", 1, place.ifindex, "drop")
+    p.load(4, 1, 6, _SKB_PKT_TYPE)
+    p.jump_if("gt", 1, _BROADCAST if broadcast else _HOST, "drop")
+    p.label("ours")
+
+
+def _only_to(p: ExtendedProgram, place: Place) -> None:
+    """Jump to ``drop`` unless it is IPv4 to our address."""
+    p.load(4, 1, 6, _SKB_PROTOCOL)
+    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "drop")
+    p.alu("mov", 2, 16)
+    _load_bytes(p, _AT_IP, 4)
+    p.load(4, 1, p.fp, _AT_IP)
+    _jump_unless_address(p, 1, place)
+
+
+def _jump_unless_address(p: ExtendedProgram, register: int, place: Place) -> None:
+    # The jump's constant is sign-extended to 64 bits: compare halves, which are never negative.
+    value = int.from_bytes(place.address.packed, sys.byteorder)
+    p.alu_reg("mov", 3, register)
+    p.alu("and", 3, 0xFFFF)
+    p.jump_if("ne", 3, value & 0xFFFF, "drop")
+    p.alu("rsh", register, 16)
+    p.jump_if("ne", register, value >> 16, "drop")
+
+
+def extended_selector(place: Place, flows: Map, slots: Map) -> ExtendedProgram:
+    """Fanout: the index of the channel that owns the packet's flow; else the server's."""
+    p = ExtendedProgram()
+    p.alu_reg("mov", 6, 1)
+    p.load(4, 1, 6, _SKB_IFINDEX)
+    p.jump_if("eq", 1, place.loopback_ifindex, "device")
+    p.jump_if("eq", 1, place.ifindex, "device")
+    p.exit(REJECT_INDEX)
+    p.label("device")
+    p.load(4, 1, 6, _SKB_PROTOCOL)
+    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "unknown")
+    _find_flow(p, flows)
+    p.load(4, 1, 0, 0)
+    p.store(4, p.fp, _AT_INDEX, 1)
+    _look_up(p, slots, _AT_INDEX)
+    p.jump_if("eq", 0, 0, "unknown")
+    p.load(4, 0, 0, 0)
+    p.exit()
+    p.label("unknown")
+    p.exit(SERVER_INDEX)
+    return p
+
+
+def extended_channel_filter(place: Place, flows: Map, channel_id: int) -> ExtendedProgram:
+    """Whole packets of the flows that belong to this channel; nothing else."""
+    p = ExtendedProgram()
+    p.alu_reg("mov", 6, 1)
+    _only_ours(p, place, broadcast=False)
+    _only_to(p, place)
+    _find_flow(p, flows)
+    p.load(4, 1, 0, 0)
+    p.jump_if("ne", 1, channel_id, "drop")
+    p.exit(_ACCEPT)
+    p.label("unknown")
+    p.label("drop")
+    p.exit(0)
+    return p
+
+
+def extended_server_filter(place: Place, flows: Map) -> ExtendedProgram:
+    """ARP for our address, and IPv4 to it unless a channel owns the flow.
+
+    A flow's packet that goes astray while channels come and go is dropped here: the server would reset it.
+    """
+    p = ExtendedProgram()
+    p.alu_reg("mov", 6, 1)
+    _only_ours(p, place, broadcast=True)
+    p.load(4, 1, 6, _SKB_PROTOCOL)
+    p.jump_if("ne", 1, socket.htons(_ETH_P_ARP), "not ARP")
+    p.alu("mov", 2, 24)  # RFC 826: target protocol address
+    p.alu("mov", 8, 0)
+    _load_bytes(p, _AT_IP, 4)
+    p.load(4, 1, p.fp, _AT_IP)
+    _jump_unless_address(p, 1, place)
+    p.exit(_ACCEPT)
+    p.label("not ARP")
+    _only_to(p, place)
+    _find_flow(p, flows)
+    p.load(4, 1, 0, 0)
+    p.jump_if("ne", 1, SERVER_CHANNEL, "drop")
+    p.label("unknown")
+    p.exit(_ACCEPT)
+    p.label("drop")
+    p.exit(0)
+    return p
+
+
+# ---- classic ----
+
+_M_PORT, _M_RADDR, _M_RPORT = 0, 1, 2  # scratch: protocol << 16 | local port, remote address, remote port
+
+
+def classic_reject() -> bytes:
+    """Nothing at all."""
+    p = ClassicProgram()
+    p.ret(0)
+    return p.assemble()
+
+
+def _classic_ours(p: ClassicProgram, place: Place, broadcast: bool) -> None:
+    p.load(1, AD_VLAN_TAG_PRESENT)
+    p.jump_if("eq", 1, yes="drop")
+    p.load(4, AD_IFINDEX)
+    p.jump_if("eq", place.loopback_ifindex, yes="ours")
+    p.jump_if("eq", place.ifindex, no="drop")
+    p.load(4, AD_PKTTYPE)
+    p.jump_if("gt", _BROADCAST if broadcast else _HOST, yes="drop")
+    p.label("ours")
+    p.load(4, AD_PROTOCOL)
+
+
+def classic_channel_filter(place: Place) -> bytes:
+    """TCP, UDP and ICMP to our address. Which flows is decided by the selector alone."""
+    p = ClassicProgram()
+    _classic_ours(p, place, broadcast=False)
+    p.jump_if("eq", _ETH_P_IP, no="drop")
+    p.load(4, SKF_NET_OFF + 16)
+    p.jump_if("eq", int(place.address), no="drop")
+    p.load(1, SKF_NET_OFF + 9)
+    for proto in (_ICMP, _TCP):
+        p.jump_if("eq", proto, yes="accept")
+    p.jump_if("eq", _UDP, no="drop")
+    p.label("accept")
+    p.ret(_ACCEPT)
+    p.label("drop")
+    p.ret(0)
+    return p.assemble()
+
+
+def classic_server_filter(place: Place) -> bytes:
+    """ARP for our address, and IPv4 to it. Also the whole filter of an embedded stack."""
+    p = ClassicProgram()
+    _classic_ours(p, place, broadcast=True)
+    p.jump_if("eq", _ETH_P_ARP, no="not ARP")
+    p.load(4, SKF_NET_OFF + 24)
+    p.jump_if("eq", int(place.address), yes="accept", no="drop")
+    p.label("not ARP")
+    p.jump_if("eq", _ETH_P_IP, no="drop")
+    p.load(4, SKF_NET_OFF + 16)
+    p.jump_if("eq", int(place.address), no="drop")
+    p.label("accept")
+    p.ret(_ACCEPT)
+    p.label("drop")
+    p.ret(0)
+    return p.assemble()
+
+
+def classic_selector(place: Place, flows: Mapping[Flow, int]) -> bytes:
+    """Fanout: ``flows`` maps each flow to its fanout index; binary search on protocol and local port.
+
+    Raises OSError(ENOSPC) when the flows do not fit into 4096 instructions (some 500 flows).
+    """
+    p = ClassicProgram()
+    p.load(4, AD_IFINDEX)
+    p.jump_if("eq", place.loopback_ifindex, yes="device")
+    p.jump_if("eq", place.ifindex, yes="device")
+    p.ret(REJECT_INDEX)
+    p.label("device")
+    p.load(4, AD_PROTOCOL)
+    p.jump_if("eq", _ETH_P_IP, no="unknown")
+    p.load(4, SKF_NET_OFF + 16)
+    p.jump_if("eq", int(place.address), no="unknown")
+    p.load(2, SKF_NET_OFF + 6)
+    p.jump_if("set", _NOT_WHOLE, yes="unknown")
+    p.load(1, SKF_NET_OFF)
+    p.alu("and", 15)
+    p.alu("lsh", 2)
+    p.a_to_x()
+    p.load(1, SKF_NET_OFF + 9)
+    p.jump_if("eq", _ICMP, yes="icmp")
+    p.jump_if("eq", _TCP, yes="transport")
+    p.jump_if("eq", _UDP, no="unknown")
+    p.label("transport")
+    p.alu("lsh", 16)
+    p.store_scratch(_M_PORT)
+    p.load(4, SKF_NET_OFF + 12)
+    p.store_scratch(_M_RADDR)
+    p.load_at_x(2, SKF_NET_OFF)
+    p.store_scratch(_M_RPORT)
+    p.load_at_x(2, SKF_NET_OFF + 2)
+    p.jump("search")
+    p.label("unknown")
+    p.ret(SERVER_INDEX)
+
+    p.label("icmp")
+    p.load_at_x(1, SKF_NET_OFF)
+    for number in _ICMP_ERRORS[:-1]:
+        p.jump_if("eq", number, yes="quoted")
+    p.jump_if("eq", _ICMP_ERRORS[-1], no="foreign")
+    p.label("quoted")
+    p.load_at_x(4, SKF_NET_OFF + 8 + 12)
+    p.jump_if("eq", int(place.address), no="foreign")
+    p.load_at_x(2, SKF_NET_OFF + 8 + 6)
+    p.jump_if("set", 0x1FFF, yes="foreign")
+    p.load_at_x(4, SKF_NET_OFF + 8 + 16)
+    p.store_scratch(_M_RADDR)
+    p.load_at_x(1, SKF_NET_OFF + 8 + 9)
+    p.jump_if("eq", _TCP, yes="quoted transport")
+    p.jump_if("eq", _UDP, no="foreign")
+    p.label("quoted transport")
+    p.alu("lsh", 16)
+    p.store_scratch(_M_PORT)
+    p.load_at_x(1, SKF_NET_OFF + 8)
+    p.alu("and", 15)
+    p.alu("lsh", 2)
+    p.alu_x("add")
+    p.a_to_x()
+    p.load_at_x(2, SKF_NET_OFF + 8 + 2)
+    p.store_scratch(_M_RPORT)
+    p.load_at_x(2, SKF_NET_OFF + 8)
+    p.jump("search")
+    p.label("foreign")
+    p.ret(SERVER_INDEX)
+
+    p.label("search")
+    p.scratch_to_x(_M_PORT)
+    p.alu_x("or")
+    ports: dict[int, list[tuple[Flow, int]]] = {}
+    for flow, index in flows.items():
+        ports.setdefault(flow.proto << 16 | flow.lport, []).append((flow, index))
+    _search(p, sorted(ports.items()))
+    return p.assemble()
+
+
+def _search(p: ClassicProgram, ports: list[tuple[int, list[tuple[Flow, int]]]]) -> None:
+    """A holds protocol << 16 | local port: branch to one port's flows."""
+    if len(ports) <= 1:
+        for port, flows in ports:
+            p.jump_if("eq", port, yes=f"match {port}")
+            p.ret(SERVER_INDEX)
+            p.label(f"match {port}")
+            _remotes(p, flows)
+        p.ret(SERVER_INDEX)
+        return
+    middle = len(ports) // 2
+    upper = f"from {ports[middle][0]}"
+    p.jump_if("ge", ports[middle][0], no=f"below {ports[middle][0]}")
+    p.jump(upper)
+    p.label(f"below {ports[middle][0]}")
+    _search(p, ports[:middle])
+    p.label(upper)
+    _search(p, ports[middle:])
+
+
+def _remotes(p: ClassicProgram, flows: list[tuple[Flow, int]]) -> None:
+    """Return the index of the flow with the packet's remote; else of the one for any remote."""
+    hosts: dict[int, list[tuple[int, int]]] = {}
+    anyone = SERVER_INDEX
+    for flow, index in flows:
+        if flow.raddr is None:
+            anyone = index
+        else:
+            hosts.setdefault(int(flow.raddr), []).append((flow.rport, index))
+    prefix = f"{flows[0][0].proto} {flows[0][0].lport}"
+    if hosts:
+        _remote_hosts(p, prefix, sorted(hosts.items()), anyone)
+    else:
+        p.ret(anyone)
+
+
+def _remote_hosts(p: ClassicProgram, prefix: str, hosts: list[tuple[int, list[tuple[int, int]]]], other: int) -> None:
+    p.load_scratch(_M_RADDR)
+    for host, ports in hosts:
+        # Long lists of one remote's ports lie between: jump over them without a limit.
+        p.jump_if("eq", host, yes=f"{prefix} at {host}")
+        p.jump(f"{prefix} not {host}")
+        p.label(f"{prefix} at {host}")
+        p.load_scratch(_M_RPORT)
+        for rport, index in sorted(ports):
+            p.jump_if("eq", rport, no=f"{prefix} not {host} {rport}")
+            p.ret(index)
+            p.label(f"{prefix} not {host} {rport}")
+        p.ret(other)
+        p.label(f"{prefix} not {host}")
+    p.ret(other)

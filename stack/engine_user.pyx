@@ -17,7 +17,7 @@ from ulnet.stack.types cimport UL_READABLE, UL_WRITABLE, addr_is_zero
 from ulnet.stack.udp cimport udp_read, udp_read_seg
 
 cdef extern from "<poll.h>" nogil:
-    ctypedef struct pollfd:
+    struct pollfd:
         int fd
         short events
         short revents

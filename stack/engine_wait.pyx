@@ -59,7 +59,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_timedwait(pthread_cond_t *c, pthread_mutex_t *m, const timespec *until)
 
 cdef extern from "<poll.h>" nogil:
-    ctypedef struct pollfd:
+    struct pollfd:
         int fd
         short events
         short revents

@@ -52,7 +52,7 @@ cdef int SEAL_FUTURE_WRITE = 0x0010          # linux/fcntl.h, since 5.1; the fcn
 cdef int SEAL_SEAL = fcntl.F_SEAL_SEAL
 
 # Every reader and writer maps the same layout: a compiler that pads otherwise must not get far.
-if sizeof(meta_route) != 40 or sizeof(meta_neighbour) != 24 or sizeof(meta_page) % 8:
+if META_NEIGHBOURS != 1 << 10 or sizeof(meta_route) != 40 or sizeof(meta_neighbour) != 24 or sizeof(meta_page) % 8:
     raise ImportError("ulnet.stack.metastate: the page layout is not the one this version was written for")
 
 Route = NamedTuple("Route", [("dst", str), ("prefix_len", int), ("gateway", object), ("metric", int), ("mtu", int)])
@@ -122,10 +122,13 @@ cdef str addr_to_text(const ul_addr *a):
 # --- reading ---------------------------------------------------------------------------------------------
 
 cdef inline uint32_t neigh_home(const meta_page *m, const ul_addr *a) noexcept nogil:
+    # A product's high bits depend on every bit below: fold each word first, as the last byte of an IPv4 address
+    # stands at the very top of its word.
     cdef uint64_t h = m.hash_seed ^ (<const uint64_t *>a.b)[0]
-    h *= <uint64_t>0xFF51AFD7ED558CCD
-    h = (h ^ (h >> 32) ^ (<const uint64_t *>a.b)[1]) * <uint64_t>0xC4CEB9FE1A85EC53
-    return <uint32_t>(h >> 40) & (META_NEIGHBOURS - 1)
+    h = (h ^ (h >> 32)) * <uint64_t>0xFF51AFD7ED558CCD
+    h ^= (<const uint64_t *>a.b)[1]
+    h = (h ^ (h >> 32)) * <uint64_t>0xC4CEB9FE1A85EC53
+    return <uint32_t>(h >> 54)               # ten bits: 0..META_NEIGHBOURS - 1
 
 
 cdef uint32_t neigh_find(const meta_page *m, const meta_tables *t, const ul_addr *a) noexcept nogil:

@@ -118,7 +118,7 @@ if TYPE_CHECKING:  # at run time every public name of the standard module is tak
 
 error = OSError
 timeout = TimeoutError
-_UNCONNECTED: Final = frozenset(("CLOSED", "SYN_SENT", "SYN_RECEIVED"))
+_UNCONNECTED: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
 _SENDFILE_BYTES: Final = 262144
 _Address = tuple[str, int]
 _GLOBAL_DEFAULT_TIMEOUT: Final[Any] = cast(Any, _std)._GLOBAL_DEFAULT_TIMEOUT  # http.client compares with it

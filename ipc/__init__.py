@@ -50,7 +50,7 @@ Signatures (seconds are floats; `None` waits for ever; a name is an int, `PORT_N
         .names() -> dict[int, RightSet] .type(name) -> RightSet .rename(old, new)
         .insert_right(name, port, disposition) .extract_right(name, disposition) -> int      within the task's own space
         .get_attributes(name) -> PortStatus .set_attributes(name, qlimit=N)
-        .request_notification(name, Notify.X, sync, notify_port, disposition=MAKE_SEND_ONCE) -> bool   (was one replaced?)
+        .request_notification(name, Notify.X, sync, notify_port, disposition=MAKE_SEND_ONCE) -> int   (the previous one's)
         .msg(message, options, timeout=None, rcv_name=0) -> Message | None                   mach_msg
         .send(dest, id, inline=b"", *, ool=(), fds=(), rights=(), local=0, timeout=None)     waits until it is queued
         .post(dest, id, inline=b"", *, ool=(), fds=(), rights=(), local=0)                   does not wait for the hub
@@ -77,3 +77,47 @@ Received out-of-line memory is a read-only buffer object (memoryview).
 
 After a fork the child's copy of a Task is unusable (every call raises RuntimeError); the child makes its own.
 """
+
+from .calls import PortStatus
+from .codes import (
+    PORT_DEAD,
+    PORT_NULL,
+    BootstrapReturn,
+    KernReturn,
+    MachError,
+    MachMsgReturn,
+    MigReturn,
+    MsgOption,
+    MsgType,
+    Notify,
+    Right,
+    RightSet,
+)
+from .hub import Hub
+from .local import LocalTask
+from .message import Message, PortRight, Sender
+from .ports import Limits
+from .task import Task
+
+__all__ = [
+    "PORT_DEAD",
+    "PORT_NULL",
+    "BootstrapReturn",
+    "Hub",
+    "KernReturn",
+    "Limits",
+    "LocalTask",
+    "MachError",
+    "MachMsgReturn",
+    "Message",
+    "MigReturn",
+    "MsgOption",
+    "MsgType",
+    "Notify",
+    "PortRight",
+    "PortStatus",
+    "Right",
+    "RightSet",
+    "Sender",
+    "Task",
+]

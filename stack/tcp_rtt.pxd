@@ -23,4 +23,4 @@ cdef void tcp_rtt_sample(tcp_rtt *r, int64_t sample_ns) noexcept nogil
 
 cdef inline int64_t tcp_rto(const tcp_rtt *r) noexcept nogil:
     cdef int64_t t = r.rto_ns << r.backoff
-    return t if t < TCP_RTO_MAX_NS else TCP_RTO_MAX_NS
+    return t if t < <int64_t>TCP_RTO_MAX_NS else <int64_t>TCP_RTO_MAX_NS

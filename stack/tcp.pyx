@@ -337,7 +337,7 @@ cdef void tcp_close(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     rxq_clear(env.bufs, &pcb.rcv)
     pcb.progress_ns = env.now_ns     # an orphan has its time from now on
     if pcb.state == TCP_FIN_WAIT_2:
-        pcb.timers[TT_2MSL] = env.now_ns + <int64_t>TCP_FIN_WAIT_2_NS
+        pcb.timers[TT_2MSL] = env.now_ns + TCP_FIN_WAIT_2_NS
     shut_write(env, pcb)
 
 

@@ -23,17 +23,23 @@ from ulnet.stack.tcp_timer cimport (
     TCP_DELACK_NS, TCP_FIN_WAIT_2_NS, TCP_TIME_WAIT_NS, tcp_arm_keepalive, tcp_arm_rexmt, tcp_done,
 )
 
+cdef extern from *:                      # C literals: an enum would make int of them
+    """
+    #define CHALLENGE_WINDOW_NS 5000000000LL
+    #define PAWS_IDLE_NS 2073600000000000LL
+    """
+    const int64_t CHALLENGE_WINDOW_NS       
+    const int64_t PAWS_IDLE_NS               # 24 days: RFC 7323 5.5
+
 cdef enum:
     CHALLENGES_A_WINDOW = 10             # RFC 5961 7: 10 challenge ACKs in 5 s, here for each connection
-    CHALLENGE_WINDOW_NS = 5000000000
-    PAWS_IDLE_NS = 2073600000000000      # 24 days: RFC 7323 5.5
     PMTU_MIN_BYTES = 552                 # RFC 5927 7.2: a forged "too big" must not make us send crumbs
 
 
 cdef void challenge(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     """A rate-limited ACK that a real peer corrects us by (RFC 5961 7). The limit is the connection's own: a
     limit shared by all would tell an attacker about other connections (CVE-2016-5696)."""
-    if env.now_ns - pcb.challenge_ns >= <int64_t>CHALLENGE_WINDOW_NS:
+    if env.now_ns - pcb.challenge_ns >= CHALLENGE_WINDOW_NS:
         pcb.challenge_ns = env.now_ns
         pcb.challenge_count = 0
     if pcb.challenge_count >= CHALLENGES_A_WINDOW:
@@ -242,7 +248,7 @@ cdef bint on_ack(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg, uint32_t seq, u
     if pcb.state == TCP_FIN_WAIT_1:
         tcp_set_state(pcb, TCP_FIN_WAIT_2, env.now_ns)
         if pcb.flags & TF_USER_GONE:
-            pcb.timers[TT_2MSL] = env.now_ns + <int64_t>TCP_FIN_WAIT_2_NS
+            pcb.timers[TT_2MSL] = env.now_ns + TCP_FIN_WAIT_2_NS
     elif pcb.state == TCP_CLOSING:
         enter_time_wait(env, pcb)
     elif pcb.state == TCP_LAST_ACK:
@@ -255,7 +261,7 @@ cdef void enter_time_wait(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     tcp_set_state(pcb, TCP_TIME_WAIT, env.now_ns)
     tcp_timer_off(pcb, TT_REXMT)
     tcp_timer_off(pcb, TT_KEEP)
-    pcb.timers[TT_2MSL] = env.now_ns + <int64_t>TCP_TIME_WAIT_NS
+    pcb.timers[TT_2MSL] = env.now_ns + TCP_TIME_WAIT_NS
 
 
 # ---- data and FIN ----
@@ -334,7 +340,7 @@ cdef void in_other_states(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg) noexcept nog
         if not seg.has_ts:
             env.counters.paws_dropped += 1                     # RFC 7323 3.2
             return
-        if <int32_t>(seg.ts_val - pcb.ts_recent) < 0 and env.now_ns - pcb.ts_recent_ns < <int64_t>PAWS_IDLE_NS:
+        if <int32_t>(seg.ts_val - pcb.ts_recent) < 0 and env.now_ns - pcb.ts_recent_ns < PAWS_IDLE_NS:
             env.counters.paws_dropped += 1
             answer_unacceptable(env, pcb, seg)
             return
@@ -362,7 +368,7 @@ cdef void in_other_states(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg) noexcept nog
             env.counters.duplicate_in += 1
             answer_unacceptable(env, pcb, seg)
             if fin and pcb.state == TCP_TIME_WAIT:
-                pcb.timers[TT_2MSL] = env.now_ns + <int64_t>TCP_TIME_WAIT_NS
+                pcb.timers[TT_2MSL] = env.now_ns + TCP_TIME_WAIT_NS
             if n == 0:
                 return                   # keep-alive, or an old FIN
             # All data known, but the ACK may be new: two ends that both resend would else wait for each other.

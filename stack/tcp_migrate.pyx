@@ -18,12 +18,17 @@ from ulnet.stack.tcp_reass cimport OOO_MAX_PIECES
 from ulnet.stack.tcp_recovery cimport REC_LOSS, tcp_rec_start, tcp_rec_table
 from ulnet.stack.tcp_rtt cimport TCP_BACKOFF_MAX, TCP_RTO_MAX_NS, TCP_RTO_MIN_NS
 
+cdef extern from *:                      # C literals: an enum would make int of them
+    """
+    #define TIME_MAX_NS 0x0FFFFFFFFFFFFFFFLL
+    """
+    const int64_t TIME_MAX_NS                # 36 years: sums of two cannot overflow
+
 cdef enum:
     FROZEN_MAGIC = 0x43544C55                # "ULTC"
     FROZEN_VERSION = 1
     WINDOW_MAX_BYTES = 0x40000000            # RFC 7323 2.3
     BUFFER_MAX_BYTES = 0x40000000
-    TIME_MAX_NS = 0x0FFFFFFFFFFFFFFF         # 36 years: sums of two cannot overflow
 
 ctypedef struct frozen:
     uint32_t magic
@@ -110,7 +115,7 @@ cdef size_t tcp_frozen_bytes(const tcp_pcb *pcb) noexcept nogil:
 cdef inline int64_t ago(int64_t now_ns, int64_t then_ns) noexcept nogil:
     if then_ns >= now_ns:
         return 0
-    if now_ns - then_ns > <int64_t>TIME_MAX_NS:
+    if now_ns - then_ns > TIME_MAX_NS:
         return TIME_MAX_NS
     return now_ns - then_ns
 
@@ -231,15 +236,15 @@ cdef bint times_are_sane(const frozen *f) noexcept nogil:
     t[5] = f.challenge_ago_ns
     t[6] = f.changed_ago_ns
     for i in range(7):
-        if t[i] < 0 or t[i] > <int64_t>TIME_MAX_NS:
+        if t[i] < 0 or t[i] > TIME_MAX_NS:
             return False
     for i in range(TT_COUNT):
-        if f.timers_left_ns[i] < -1 or f.timers_left_ns[i] > <int64_t>TIME_MAX_NS:
+        if f.timers_left_ns[i] < -1 or f.timers_left_ns[i] > TIME_MAX_NS:
             return False
         if f.state == TCP_CLOSED and f.timers_left_ns[i] != -1:
             return False
-    return 0 <= f.srtt_ns <= <int64_t>TCP_RTO_MAX_NS and 0 <= f.rttvar_ns <= <int64_t>TCP_RTO_MAX_NS and \
-        <int64_t>TCP_RTO_MIN_NS <= f.rto_ns <= <int64_t>TCP_RTO_MAX_NS and \
+    return 0 <= f.srtt_ns <= TCP_RTO_MAX_NS and 0 <= f.rttvar_ns <= TCP_RTO_MAX_NS and \
+        TCP_RTO_MIN_NS <= f.rto_ns <= TCP_RTO_MAX_NS and \
         f.rtt_backoff <= TCP_BACKOFF_MAX and f.rtt_timing <= 1
 
 

@@ -83,7 +83,7 @@ cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out) noexcept nogil:
         out.wnd = 0
     r = env.emit(env.ctx, pcb.owner, out)
     if r == -EAGAIN or r == -ENOBUFS:
-        pcb.timers[TT_RETRY] = env.now_ns + (<int64_t>TCP_RETRY_NS << pcb.retry_shift)
+        pcb.timers[TT_RETRY] = env.now_ns + (TCP_RETRY_NS << pcb.retry_shift)
         if pcb.retry_shift < 6:
             pcb.retry_shift += 1
         return r                     # TF_ACK_NOW and snd_nxt stay: the retry starts from the same state

@@ -19,7 +19,7 @@ cdef void tcp_rtt_sample(tcp_rtt *r, int64_t sample_ns) noexcept nogil:
     cdef int64_t err
     if sample_ns < 1:
         sample_ns = 1                # virtual time may stand still; 0 means "no sample"
-    if sample_ns > <int64_t>TCP_RTO_MAX_NS:
+    if sample_ns > TCP_RTO_MAX_NS:
         sample_ns = TCP_RTO_MAX_NS
     if r.srtt_ns == 0:
         r.srtt_ns = sample_ns                                      # (2.2)
@@ -31,8 +31,8 @@ cdef void tcp_rtt_sample(tcp_rtt *r, int64_t sample_ns) noexcept nogil:
         if r.srtt_ns < 1:
             r.srtt_ns = 1
     r.rto_ns = r.srtt_ns + 4 * r.rttvar_ns
-    if r.rto_ns < <int64_t>TCP_RTO_MIN_NS:
+    if r.rto_ns < TCP_RTO_MIN_NS:
         r.rto_ns = TCP_RTO_MIN_NS
-    elif r.rto_ns > <int64_t>TCP_RTO_MAX_NS:
+    elif r.rto_ns > TCP_RTO_MAX_NS:
         r.rto_ns = TCP_RTO_MAX_NS
     r.backoff = 0                                                  # Karn: a valid sample ends the backoff

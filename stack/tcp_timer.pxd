@@ -5,17 +5,29 @@ from ulnet.stack.tcp cimport tcp_env
 from ulnet.stack.tcp_cb cimport TF_PERSIST, TF_USER_GONE, TT_REXMT, tcp_pcb, tcp_timer_is_off
 from ulnet.stack.tcp_rtt cimport tcp_rto
 
+cdef extern from *:                      # C literals: an enum would make int of them
+    """
+    #define TCP_DELACK_NS 40000000LL
+    #define TCP_PERSIST_MIN_NS 200000000LL
+    #define TCP_PERSIST_MAX_NS 60000000000LL
+    #define TCP_TIME_WAIT_NS 60000000000LL
+    #define TCP_FIN_WAIT_2_NS 60000000000LL
+    #define TCP_ORPHAN_NS 100000000000LL
+    #define TCP_GIVE_UP_NS 900000000000LL
+    #define TCP_RETRY_NS 100000LL
+    """
+    const int64_t TCP_DELACK_NS              # RFC 9293 3.8.6.3 allows 500 ms; 40 as Linux
+    const int64_t TCP_PERSIST_MIN_NS        
+    const int64_t TCP_PERSIST_MAX_NS        
+    const int64_t TCP_TIME_WAIT_NS           # 2 MSL with the 30 s everybody uses
+    const int64_t TCP_FIN_WAIT_2_NS          # of a connection without a user, as Linux and BSD
+    const int64_t TCP_ORPHAN_NS              # without a user and without progress: RFC 9293 3.8.3 (R2 >= 100 s)
+    const int64_t TCP_GIVE_UP_NS             # R2 of data: about Linux's 15 retransmissions
+    const int64_t TCP_RETRY_NS               # the link was full: doubled up to 6 times
+
 cdef enum:
-    TCP_DELACK_NS = 40000000              # RFC 9293 3.8.6.3 allows 500 ms; 40 as Linux
-    TCP_PERSIST_MIN_NS = 200000000
-    TCP_PERSIST_MAX_NS = 60000000000
-    TCP_TIME_WAIT_NS = 60000000000        # 2 MSL with the 30 s everybody uses
-    TCP_FIN_WAIT_2_NS = 60000000000       # of a connection without a user, as Linux and BSD
-    TCP_ORPHAN_NS = 100000000000          # without a user and without progress: RFC 9293 3.8.3 (R2 >= 100 s)
-    TCP_GIVE_UP_NS = 900000000000         # R2 of data: about Linux's 15 retransmissions
     TCP_SYN_TRIES = 6                    # differs: 127 s as Linux; RFC 9293 3.8.3 asks for 3 minutes
     TCP_SYN_ACK_TRIES = 5
-    TCP_RETRY_NS = 100000            # the link was full: doubled up to 6 times
 
 cdef inline int64_t tcp_give_up_after(const tcp_pcb *pcb) noexcept nogil:
     if pcb.user_timeout_ms:
@@ -43,9 +55,9 @@ cdef inline void tcp_arm_persist(tcp_pcb *pcb, int64_t now_ns) noexcept nogil:
         pcb.rtt.backoff = 0
         pcb.progress_ns = now_ns
     wait = tcp_rto(&pcb.rtt)
-    if wait < <int64_t>TCP_PERSIST_MIN_NS:
+    if wait < TCP_PERSIST_MIN_NS:
         wait = TCP_PERSIST_MIN_NS
-    if wait > <int64_t>TCP_PERSIST_MAX_NS:
+    if wait > TCP_PERSIST_MAX_NS:
         wait = TCP_PERSIST_MAX_NS
     pcb.timers[TT_REXMT] = now_ns + wait
     clip_to_user_timeout(pcb)

@@ -129,8 +129,8 @@ class Engine:
         """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
         frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
     def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None: ...
-    def import_session(self, session: Session, state: bytes, session_id: int) -> None: ...
-    def deliver(self, listener: Session, state: bytes, session_id: int) -> None:
+    def import_session(self, session: Session, state: bytes | bytearray | memoryview, session_id: int) -> None: ...
+    def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
         """Import an accepted session into a listener's queue (library; the server did the handshake)."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
         """Library: a listener whose connections arrive by deliver()."""

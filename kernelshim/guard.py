@@ -407,6 +407,7 @@ class Guard:
         return (
             # The sender chooses skb->protocol (sll_protocol of sendto), and with it where the kernel takes the
             # network header to be. So the type in the frame must be IPv4, and the kernel must think so, too.
+            # (Under QDISC_BYPASS a claimed type leaves the kernel without the frame's: no match, so refused.)
             _payload(_PAYLOAD_LL, 12, 2),
             _compare(_ETH_P_IP),
             _meta(Meta.NFT_META_PROTOCOL),

@@ -114,6 +114,8 @@ class Engine:
     def listen(self, session: Session, laddr: str, lport: int, backlog: int) -> None: ...
     def reopen(self, session: Session) -> None:
         """Back to a shell after a connection attempt that failed."""
+    def ask_neighbour(self, next_hop: str) -> None:
+        """Ask by ARP for a neighbour; the answer shows in the metastate page. Not for libraries."""
     def announce(self) -> None:
         """Gratuitous ARP (RFC 5227 2.3). Not for libraries."""
     def set_backlog(self, session: Session, backlog: int) -> None: ...

@@ -32,7 +32,7 @@ from ulnet.stack.engine_user cimport (
 )
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, helper_run, helper_wake, waiters_wake
 from ulnet.stack.metastate cimport Metastate
-from ulnet.stack.neighbour cimport neigh_announce
+from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_new, readyfd_show
 from ulnet.stack.statpage cimport StatPage, stat_take
 from ulnet.stack.tcp cimport (
@@ -768,6 +768,18 @@ cdef class Engine:
             e.nenv.now_ns = clock_now()
             if e.neigh != NULL:
                 neigh_announce(e.neigh, &e.nenv)
+            engine_unlock(e)
+
+    def ask_neighbour(self, str next_hop):
+        """Ask by ARP for a neighbour on behalf of somebody else; the answer shows in the metastate page."""
+        cdef engine *e = self.e
+        cdef ul_addr hop
+        addr_parse(next_hop, &hop)
+        with nogil:
+            engine_lock(e)
+            e.nenv.now_ns = clock_now()
+            if e.neigh != NULL:
+                neigh_ask(e.neigh, &e.nenv, &hop)
             engine_unlock(e)
 
     def interrupt(self):

@@ -142,6 +142,7 @@ def test_closed_ends() -> None:
 
 
 def test_descriptors_go_with_both_ends() -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         a, b = memory_pair()

@@ -1,0 +1,107 @@
+"""The rows of `ulnet sessions`: every session, whoever manages it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ulnet.netserver.records import PROTOCOL_NAMES, TCP, UDP, Application, Place, SessionRecord
+from ulnet.netserver.sessions import SessionTable
+from ulnet.stack.engine import Session
+
+# RFC 9293 (3.3.2), in the order of tcp_stat.state
+STATES = (
+    "CLOSED",
+    "LISTEN",
+    "SYN-SENT",
+    "SYN-RECEIVED",
+    "ESTABLISHED",
+    "FIN-WAIT-1",
+    "FIN-WAIT-2",
+    "CLOSE-WAIT",
+    "CLOSING",
+    "LAST-ACK",
+    "TIME-WAIT",
+)
+_FIGURES = ("bytes_in", "bytes_out", "retransmits", "srtt_ns")
+
+
+def sessions(table: SessionTable, applications: Iterable[Application]) -> list[dict[str, Any]]:
+    """One dictionary a session: proto, local, remote, state, owner (pid and name; None: the server), place, figures."""
+    rows: dict[int, dict[str, Any]] = {number: _row(record) for number, record in table.records.items()}
+    for app in applications:
+        for last in app.stats.records():
+            record = app.sessions.get(last.session_id)
+            if record is not None and record.place is Place.APPLICATION:
+                figures = last._asdict() | {"state": STATES[last.state] if last.state < len(STATES) else "?"}
+                _fill(rows[record.number], figures, record.protocol)
+    others = []
+    for session in table.engine.sessions():
+        figures: dict[str, Any] = session if isinstance(session, dict) else _figures(session)
+        row = rows.get(figures.get("session_id", 0))
+        if row is not None:
+            _fill(row, figures, TCP)
+        elif figures.get("state") != "FOREIGN":
+            # Handshakes under way and established sessions that wait for a listener's credit.
+            others.append(_foreign_row(figures))
+    return [*rows.values(), *others]
+
+
+def _row(record: SessionRecord) -> dict[str, Any]:
+    owner = record.owner
+    state = {
+        Place.NAMED: "CLOSED",
+        Place.CONNECTING: "SYN-SENT",
+        Place.LISTENING: "LISTEN",
+        Place.APPLICATION: "OPEN" if record.protocol == UDP else "ESTABLISHED",
+        Place.SERVER: "CLOSING",
+    }[record.place]
+    return {
+        "id": record.number,
+        "proto": PROTOCOL_NAMES[record.protocol],
+        "local": f"{record.laddr}:{record.lport}",
+        "remote": f"{record.peer[0]}:{record.peer[1]}" if record.peer else None,
+        "state": state,
+        "owner": {"pid": owner.pid, "name": owner.name} if owner is not None else None,
+        "place": record.place.value,
+        **dict.fromkeys(_FIGURES, 0),
+    }
+
+
+def _figures(session: Session) -> dict[str, Any]:
+    figures: dict[str, Any] = dict(session.stat()) if session.live else {}
+    peer = session.peer
+    return figures | {
+        "session_id": session.session_id,
+        "state": session.state,
+        "proto": session.kind,
+        "local": session.local,
+        "remote": peer,
+    }
+
+
+def _foreign_row(figures: dict[str, Any]) -> dict[str, Any]:
+    row = {
+        "id": figures.get("session_id", 0),
+        "proto": PROTOCOL_NAMES.get(figures.get("proto", TCP), "tcp"),
+        "local": _endpoint(figures.get("local")),
+        "remote": _endpoint(figures.get("remote") or figures.get("peer")),
+        "state": "?",
+        "owner": None,
+        "place": Place.SERVER.value,
+        **dict.fromkeys(_FIGURES, 0),
+    }
+    _fill(row, figures, TCP)
+    return row
+
+
+def _fill(row: dict[str, Any], figures: dict[str, Any], protocol: int) -> None:
+    for key in _FIGURES:
+        if isinstance(figures.get(key), int):
+            row[key] = figures[key]
+    if protocol == TCP and isinstance(figures.get("state"), str):
+        row["state"] = figures["state"]
+
+
+def _endpoint(value: Any) -> str | None:
+    return f"{value[0]}:{value[1]}" if isinstance(value, tuple) else value

@@ -1,0 +1,53 @@
+"""Next hops that applications wait for: the engine asks by ARP, the metastate page has the answer."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+from collections.abc import Callable
+from typing import Final
+
+from ulnet.netserver.records import Application, Refusal
+from ulnet.stack.engine import Engine
+from ulnet.stack.metastate import Metastate
+
+WAITING_MAX: Final = 64  # of one application
+
+
+class Resolver:
+    """Call ``check`` after each poll of the engine."""
+
+    def __init__(self, engine: Engine, meta: Metastate) -> None:
+        self._engine = engine
+        self._meta = meta
+        self._waiting: dict[str, list[tuple[Application, Callable[[int], None]]]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self._waiting.values())
+
+    def ask(self, app: Application, address: str, answer: Callable[[int], None]) -> None:
+        """``answer`` gets 0 once the neighbour is in the page, or an errno; now, or from ``check``."""
+        if ipaddress.ip_address(address).version != 4:
+            raise Refusal(errno.EAFNOSUPPORT, f"{address} is not an IPv4 address", violation=True)
+        found = self._meta.resolve(address)
+        if found.errno != errno.EAGAIN:
+            answer(found.errno)
+            return
+        if found.next_hop != address:
+            raise Refusal(errno.EINVAL, f"{address} is not on the link; ask for its next hop", violation=True)
+        if app.resolving >= WAITING_MAX:
+            raise Refusal(errno.EAGAIN, f"{WAITING_MAX} addresses are being asked for already")
+        app.resolving += 1
+        self._waiting.setdefault(address, []).append((app, answer))
+        self._engine.ask_neighbour(address)
+
+    def check(self) -> None:
+        """Answer whoever can be answered."""
+        if not self._waiting:
+            return
+        for address in list(self._waiting):
+            found = self._meta.resolve(address)
+            if found.errno != errno.EAGAIN:
+                for app, answer in self._waiting.pop(address):
+                    app.resolving -= 1
+                    answer(found.errno)

@@ -1,0 +1,546 @@
+"""The session table: names, handshakes, hand-over to applications and back, clean-up (SOSP 1993 sections 3.1 and 3.2).
+
+Call order, TCP: ``bind`` -> ``connect`` (-> ``done``) or ``listen`` (-> ``deliver``) -> ``take_back`` or ``forget``.
+``drive`` after each poll of the engine. No messages and no descriptors here; every refusal is a ``Refusal``.
+
+A hand-over never loses a segment: the flow is turned to the new holder first, then the old holder's ring is drained,
+then the state moves. What still arrives in the old place is forwarded. The guard is in place before the state leaves.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from ipaddress import IPv4Address
+from typing import Any, Final
+
+from ulnet.kernelshim.demux import Demux
+from ulnet.kernelshim.guard import Guard
+from ulnet.netserver.records import TCP, UDP, Application, Flow, Place, Refusal, SessionRecord
+from ulnet.stack import protocol as p
+from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine, Session
+from ulnet.stack.ports import WILDCARDS, PortTable
+from ulnet.stack.statpage import StatRecord
+
+log = logging.getLogger("ulnet.netserver")
+
+SESSIONS_PER_APPLICATION: Final = 16_384  # records of a status page
+QUARANTINE_NS: Final = 60_000_000_000  # RFC 9293 (3.4.1) asks for 2 MSL; 60 s as Linux's TIME-WAIT
+EARLY_FRAMES: Final = 64
+TCP_CLOSED: Final = 0  # tcp_stat.state
+
+
+class SessionTable:
+    """Every session of the served address that a record exists for.
+
+    ``deliver(application, listener, session, state)`` is called with accepted sessions and returns False when the
+    application cannot be reached; ``forward(application, frames)`` with strays for it.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        engine: Engine,
+        demux: Demux,
+        guard: Guard,
+        deliver: Callable[[Application, SessionRecord, SessionRecord, bytes], bool],
+        forward: Callable[[Application, list[bytes]], None],
+    ) -> None:
+        self.address = address
+        self.engine = engine
+        self.demux = demux
+        self.guard = guard
+        self.ports = PortTable([address])
+        self.counters: Counter[str] = Counter()
+        self.records: dict[int, SessionRecord] = {}
+        self._flows: dict[Flow, SessionRecord] = {}  # sessions with a peer, wherever they are
+        self._deliver = deliver
+        self._forward = forward
+        engine.collect_events = True
+        engine.on_strays = self._strays_from_engine
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def bind(self, app: Application, request: p.Bind) -> SessionRecord:
+        """Name a local endpoint. UDP sessions migrate here."""
+        self._check_new(app, request.session, request.protocol)
+        wildcard = request.address in WILDCARDS
+        name = self.ports.bind(
+            request.protocol,
+            request.address,
+            request.port,
+            now_ns=time.monotonic_ns(),
+            uid=app.sender.uid,
+            privileged=app.sender.uid == 0,
+            reuse_address=request.reuse_address,
+            reuse_port=request.reuse_port,
+        )
+        laddr = self.address if wildcard else request.address
+        record = SessionRecord(request.session, request.protocol, app, Place.NAMED, name, laddr)
+        self._enter(record)
+        if record.protocol == UDP:
+            try:
+                self._open_udp(record)
+            except BaseException:
+                self._drop(record)
+                raise
+        return record
+
+    def connect(
+        self, app: Application, request: p.Connect, done: Callable[[SessionRecord, int, bytes], None]
+    ) -> SessionRecord:
+        """TCP: start the handshake; ``done`` is called later, with the state once the application holds the session.
+        UDP: name the peer; done at once, and ``done`` is not called."""
+        peer = self._check_peer(request)
+        record = app.sessions.get(request.session)
+        now = time.monotonic_ns()
+        if record is None:
+            self._check_new(app, request.session, request.protocol)
+            name = self.ports.choose(request.protocol, self.address, *peer, now_ns=now, uid=app.sender.uid)
+            record = SessionRecord(request.session, request.protocol, app, Place.NAMED, name, self.address)
+            self._enter(record)
+        elif record.protocol != request.protocol:
+            raise Refusal(errno.EPROTOTYPE, "the session is of another protocol", violation=True)
+        elif record.protocol == UDP:
+            self._narrow_udp(record, peer, now)
+            return record
+        elif record.place is not Place.NAMED:
+            raise Refusal(errno.EISCONN, f"the session is {record.place.value} already")
+        else:
+            self.ports.connect(record.name, record.laddr, *peer, now_ns=now)
+        record.peer = peer
+        try:
+            if record.protocol == UDP:
+                self._open_udp(record)
+            else:
+                self._open_tcp(record, done)
+        except BaseException:
+            self._connect_failed(record)
+            raise
+        return record
+
+    def listen(self, app: Application, request: p.Listen) -> None:
+        """Answer connection requests; called again, change the backlog."""
+        record = self._own(app, request.session)
+        backlog = min(max(request.backlog, 1), p.MAX_BACKLOG)
+        if record.place is Place.LISTENING:
+            assert record.engine_session is not None
+            self.engine.set_backlog(record.engine_session, backlog)
+            record.credit += backlog - record.backlog
+            record.backlog = backlog
+            self._pump(record)
+            return
+        if record.place is not Place.NAMED or record.protocol != TCP:
+            raise Refusal(errno.EINVAL, f"a session that is {record.place.value} cannot listen")
+        self.ports.listen(record.name)
+        session = self.engine.new_session(TCP)
+        session.session_id = record.number
+        try:
+            # One guard element for the endpoint serves every connection accepted there.
+            self._guard(record)
+            self.engine.listen(session, record.laddr, record.lport, backlog)
+        except BaseException:
+            self._drop(record)
+            raise
+        record.engine_session = session
+        record.place = Place.LISTENING
+        record.backlog = record.credit = backlog
+
+    def accepted(self, app: Application, request: p.Accepted) -> None:
+        """Credits come back: so many more sessions may be pushed."""
+        record = self._own(app, request.session)
+        if record.place is not Place.LISTENING or request.count > record.backlog - record.credit:
+            raise Refusal(errno.EINVAL, f"{request.count} credits were never out", violation=True)
+        record.credit += request.count
+        self._pump(record)
+
+    def take_back(self, app: Application, number: int, state: bytes) -> None:
+        """A TCP session returns: the server runs it to its end."""
+        record = self._own(app, number)
+        if record.place is not Place.APPLICATION or record.protocol != TCP:
+            raise Refusal(errno.EINVAL, f"a session that is {record.place.value} cannot be returned", violation=True)
+        session = self.engine.new_session(TCP)
+        try:
+            if p.flow_of_state(state) != record.key:
+                raise ValueError("it is another session's")
+            # The state first, then the flow: in between frames reach the application, which forwards them.
+            self._forget_foreign(record)
+            self.engine.import_session(session, state, number)
+        except (OSError, ValueError) as error:
+            self._turn_back(record)
+            self._reset(record)
+            self._drop(record)
+            raise Refusal(errno.EINVAL, f"the state of {record} is not valid: {error}", violation=True) from None
+        self._turn_back(record)
+        self._unguard(record)
+        app.sessions.pop(number)
+        record.owner = None
+        record.place = Place.SERVER
+        record.engine_session = None  # the engine finishes by itself and says EV_GONE
+        early, record.early = record.early, []
+        for frame in early:
+            self.engine.inject(frame)
+        self.engine.close_session(session)
+        self.counters["returned"] += 1
+
+    def forget(self, app: Application, request: p.Forget) -> None:
+        """The session has ended in the application (``reset``: it never took it, the peer must hear)."""
+        record = app.sessions.get(request.session)
+        if record is None:
+            # Honest: a connect failed while its socket was closed.
+            self.counters["forgotten_unknown"] += 1
+            return
+        self._end(record, reset=request.reset)
+
+    def strays(self, app: Application, frames: Iterable[bytes]) -> None:
+        """Frames that reached the application after it gave their session back."""
+        for frame in frames:
+            flow = flow_of_stray(frame)
+            record = self._flows.get(flow) if flow is not None else None
+            if record is None or record.number >> 32 != app.serial:
+                self.counters["strays_refused"] += 1
+            elif record.place is Place.SERVER:
+                self.counters["strays_in"] += 1
+                self.engine.inject(frame)
+            elif record.owner is app and len(record.early) < EARLY_FRAMES:
+                record.early.append(frame)
+            else:
+                self.counters["strays_refused"] += 1
+
+    def application_ended(self, app: Application) -> None:
+        """Its death, or its leave: reset the peers of what it held, delay the reuse of those endpoints."""
+        try:
+            last = {row.session_id: row for row in app.stats.records()}
+        except ValueError as error:  # what stands there is the application's; without it the hand-over's numbers serve
+            log.warning("status page of %s: %s", app, error)
+            last = {}
+        for record in list(app.sessions.values()):
+            self._end(record, reset=True, quarantine_ns=QUARANTINE_NS, last=last.get(record.number))
+
+    # -- the engine's side ---------------------------------------------------------------------
+
+    def drive(self) -> None:
+        """Obey the engine's events. Each may cause more, so until there are none."""
+        while events := self.engine.events():
+            for kind, session, value in events:
+                if kind == EV_CONNECTED and session is not None:
+                    self._on_connected(session)
+                elif kind == EV_FAILED and session is not None:
+                    self._on_failed(session, value)
+                elif kind == EV_ACCEPTED and session is not None:
+                    record = self.records.get(session.session_id)
+                    if record is not None and record.place is Place.LISTENING:
+                        self._pump(record)
+                elif kind == EV_GONE:
+                    record = self.records.get(value)
+                    if record is not None and record.place is Place.SERVER:
+                        self._drop(record)
+
+    def _on_connected(self, session: Session) -> None:
+        record = self.records.get(session.session_id)
+        if record is None or record.place is not Place.CONNECTING:
+            return
+        done, record.done = record.done, None
+        assert done is not None
+        try:
+            state = self._hand_over(record)
+        except OSError as error:
+            self._connect_failed(record)
+            done(record, error.errno or errno.ECONNABORTED, b"")
+            return
+        done(record, 0, state)
+
+    def _on_failed(self, session: Session, error: int) -> None:
+        record = self.records.get(session.session_id)
+        if record is None or record.place is not Place.CONNECTING:
+            return
+        done, record.done = record.done, None
+        self._connect_failed(record)
+        if done is not None:
+            done(record, error or errno.ECONNABORTED, b"")
+
+    def _pump(self, listener: SessionRecord) -> None:
+        """Push established sessions as far as the credit goes; the rest wait in the engine's queue."""
+        app, queue = listener.owner, listener.engine_session
+        assert app is not None and queue is not None
+        while listener.credit > 0 and (session := self.engine.accept(queue)) is not None:
+            if not session.live or session.peer is None:
+                self.counters["accepted_dead"] += 1
+                continue
+            if len(app.sessions) >= SESSIONS_PER_APPLICATION:
+                self.counters["accepted_refused"] += 1
+                self.engine.close_session(session, linger_abort=True)
+                continue
+            try:
+                name = self.ports.accept(listener.name, listener.laddr, *session.peer, now_ns=time.monotonic_ns())
+            except OSError as error:
+                log.warning("accepted session from %s:%d dropped: %s", *session.peer, error)
+                self.counters["accepted_refused"] += 1
+                self.engine.close_session(session, linger_abort=True)
+                continue
+            app.numbers = app.numbers % (p.SERVER_NUMBER - 1) + 1
+            number = app.serial << 32 | p.SERVER_NUMBER | app.numbers
+            session.session_id = number
+            record = SessionRecord(number, TCP, app, Place.CONNECTING, name, listener.laddr, session.peer, session)
+            self._enter(record)
+            self._flows[record.key] = record
+            try:
+                state = self._hand_over(record)
+            except OSError as error:
+                log.warning("session %s could not be handed over: %s", record, error)
+                self._end(record, reset=True)
+                continue
+            listener.credit -= 1
+            if self._deliver(app, listener, record, state):
+                self.counters["delivered"] += 1
+            else:
+                self._end(record, reset=True)
+
+    def _strays_from_engine(self, frames: list[bytes]) -> None:
+        """Frames that were in the server's ring when their session was handed over."""
+        batches: dict[Application, list[bytes]] = {}
+        for frame in frames:
+            flow = flow_of_stray(frame)
+            record = self._flows.get(flow) if flow is not None else None
+            if record is None or record.owner is None or record.place is not Place.APPLICATION:
+                self.counters["strays_lost"] += 1
+            else:
+                batches.setdefault(record.owner, []).append(frame)
+        for app, batch in batches.items():
+            self.counters["strays_out"] += len(batch)
+            self._forward(app, batch)
+
+    # -- moving --------------------------------------------------------------------------------
+
+    def _hand_over(self, record: SessionRecord) -> bytes:
+        """The state of an established session; from here on the owner's library manages it."""
+        session, app = record.engine_session, record.owner
+        assert session is not None and app is not None
+        self._guard(record)
+        self._turn(record)
+        self.engine.poll()  # drain the server's ring: what came before the turn belongs into the state
+        if not session.live:
+            raise OSError(session.take_error() or errno.ECONNRESET, "ended during the hand-over")
+        stat = session.stat()
+        record.snd_nxt, record.rcv_nxt = stat["snd_nxt"], stat["rcv_nxt"]
+        state = self.engine.export_session(session)
+        record.engine_session = None
+        record.place = Place.APPLICATION
+        self.counters["handed_over"] += 1
+        return state
+
+    def _open_tcp(self, record: SessionRecord, done: Callable[[SessionRecord, int, bytes], None]) -> None:
+        assert record.peer is not None
+        session = self.engine.new_session(TCP)
+        session.session_id = record.number
+        self.engine.open_tcp(session, record.laddr, record.lport, *record.peer)
+        record.engine_session = session
+        record.place = Place.CONNECTING
+        record.done = done
+        self._flows[record.key] = record
+
+    def _open_udp(self, record: SessionRecord) -> None:
+        if record.key in self._flows:
+            # SO_REUSEPORT shares a name, but a flow has one holder.
+            raise Refusal(errno.EADDRINUSE, f"{record} has a holder already")
+        self._guard(record)
+        self._flows[record.key] = record
+        self._turn(record)
+        record.place = Place.APPLICATION
+
+    def _narrow_udp(self, record: SessionRecord, peer: tuple[str, int], now_ns: int) -> None:
+        """UDP connect (again): from every peer, or the last one, to this one."""
+        key = (UDP, record.laddr, record.lport, *peer)
+        if self._flows.get(key, record) is not record:
+            raise Refusal(errno.EADDRINUSE, f"{record} to {peer[0]}:{peer[1]} has a holder already")
+        self.ports.connect(record.name, record.laddr, *peer, now_ns=now_ns)
+        old = record.key
+        if old == key:
+            return
+        self.demux.add_flow(*_wire(key), self._channel(record))
+        self.demux.remove_flow(*_wire(old))
+        self._flows.pop(old, None)
+        record.peer = peer
+        record.flow = key
+        self._flows[key] = record
+
+    def _turn(self, record: SessionRecord) -> None:
+        self.demux.add_flow(*_wire(record.key), self._channel(record))
+        record.flow = record.key
+
+    def _turn_back(self, record: SessionRecord) -> None:
+        if record.flow is not None:
+            flow, record.flow = record.flow, None
+            self.demux.remove_flow(*_wire(flow))
+
+    def _channel(self, record: SessionRecord) -> int:
+        assert record.owner is not None
+        return record.owner.channel.channel_id
+
+    def _guard(self, record: SessionRecord) -> None:
+        app = record.owner
+        assert app is not None
+        endpoint = (record.protocol, record.laddr, record.lport)
+        if not app.guarded[endpoint]:
+            self.guard.allow(app.channel.channel_id, *endpoint)
+        app.guarded[endpoint] += 1
+        record.guarded = True
+
+    def _unguard(self, record: SessionRecord) -> None:
+        app = record.owner
+        if not record.guarded or app is None:
+            return
+        record.guarded = False
+        endpoint = (record.protocol, record.laddr, record.lport)
+        app.guarded[endpoint] -= 1
+        if app.guarded[endpoint] <= 0:
+            del app.guarded[endpoint]
+            self.guard.revoke(app.channel.channel_id, *endpoint)
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def _end(
+        self, record: SessionRecord, *, reset: bool, quarantine_ns: int = 0, last: StatRecord | None = None
+    ) -> None:
+        """A session ends out of turn, wherever it is. ``last``: its status record, where it is known already."""
+        held = record.place is Place.APPLICATION and record.protocol == TCP
+        done, record.done = record.done, None
+        if record.place is Place.CONNECTING or record.place is Place.LISTENING:
+            if record.engine_session is not None and record.engine_session.live:
+                self.engine.close_session(record.engine_session, linger_abort=True)
+        elif held:
+            self._turn_back(record)  # what the peer says from now on meets the server's RST
+            self._forget_foreign(record)
+            if reset:
+                self._reset(record, last)
+        if record.place is Place.LISTENING:
+            quarantine_ns = 0  # no stream, nothing that could be taken for an old segment
+        self._drop(record, quarantine_ns)
+        if done is not None:
+            done(record, errno.ECONNABORTED, b"")
+
+    def _reset(self, record: SessionRecord, last: StatRecord | None = None) -> None:
+        """RST with the numbers the library stood at, so that the peer obeys at once (RFC 5961 3.2)."""
+        assert record.owner is not None and record.peer is not None
+        last = last or record.owner.stats.record_for(record.number)
+        snd_nxt, rcv_nxt = record.snd_nxt, record.rcv_nxt
+        if last is not None:
+            if last.state == TCP_CLOSED:
+                return
+            snd_nxt, rcv_nxt = last.snd_nxt, last.rcv_nxt
+        self.engine.abort_flow(record.laddr, record.lport, *record.peer, snd_nxt, rcv_nxt)
+        self.counters["reset"] += 1
+
+    def _connect_failed(self, record: SessionRecord) -> None:
+        """Back to the name, where the application had given one; else nothing is left."""
+        if record.engine_session is not None and record.engine_session.live:
+            self.engine.close_session(record.engine_session, linger_abort=True)
+        record.engine_session = None
+        if not record.name.explicit or record.protocol == UDP:
+            self._drop(record)
+            return
+        self._turn_back(record)
+        self._unguard(record)
+        self._flows.pop(record.key, None)
+        self.ports.disconnect(record.name)
+        record.peer = None
+        record.place = Place.NAMED
+
+    def _forget_foreign(self, record: SessionRecord) -> None:
+        assert record.peer is not None
+        self.engine.forget_flow(TCP, record.laddr, record.lport, *record.peer)
+
+    def _enter(self, record: SessionRecord) -> None:
+        self.records[record.number] = record
+        if record.owner is not None:
+            record.owner.sessions[record.number] = record
+
+    def _drop(self, record: SessionRecord, quarantine_ns: int = 0) -> None:
+        """Out of every table. Each step stands alone: one that fails must not keep the others."""
+        for step in (self._turn_back, self._unguard):
+            try:
+                step(record)
+            except (OSError, KeyError) as error:
+                self.counters["drop_failed"] += 1
+                log.error("%s of %s: %s", step.__name__, record, error)
+        if self._flows.get(record.key) is record:
+            del self._flows[record.key]
+        self.records.pop(record.number, None)
+        if record.owner is not None:
+            record.owner.sessions.pop(record.number, None)
+        record.engine_session = None
+        self.ports.release(record.name, now_ns=time.monotonic_ns(), quarantine_ns=quarantine_ns)
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def _own(self, app: Application, number: int) -> SessionRecord:
+        record = app.sessions.get(number)
+        if record is None:
+            raise Refusal(errno.EBADF, f"session {number:#x} is not one of yours", violation=True)
+        return record
+
+    def _check_new(self, app: Application, number: int, protocol: int) -> None:
+        if number >> 32 != app.serial or not 0 < number & 0xFFFFFFFF < p.SERVER_NUMBER:
+            raise Refusal(errno.EBADF, f"session number {number:#x} is not one of yours", violation=True)
+        if number in self.records:
+            raise Refusal(errno.EINVAL, f"session {number:#x} exists already")
+        if protocol not in (TCP, UDP):
+            raise Refusal(errno.EPROTONOSUPPORT, f"protocol {protocol} is not served, 6 and 17 are", violation=True)
+        if len(app.sessions) >= SESSIONS_PER_APPLICATION:
+            raise Refusal(errno.EMFILE, f"{SESSIONS_PER_APPLICATION} sessions are open: close some")
+
+    def _check_peer(self, request: p.Connect) -> tuple[str, int]:
+        address = ipaddress.ip_address(request.address)
+        if address.version != 4:
+            raise Refusal(errno.EAFNOSUPPORT, f"{address} is not an IPv4 address")
+        if address.is_unspecified:  # BSD: this host
+            address = ipaddress.ip_address(self.address)
+        if request.port == 0:
+            raise Refusal(errno.EADDRNOTAVAIL if request.protocol == TCP else errno.EINVAL, "port 0 is no peer's port")
+        if request.protocol == TCP and (address.is_multicast or str(address) == "255.255.255.255"):
+            raise Refusal(errno.ENETUNREACH, f"TCP has one peer; {address} are many")
+        return str(address), request.port
+
+    # -- telling -------------------------------------------------------------------------------
+
+    def totals(self) -> dict[str, Any]:
+        """Sizes of the tables, for `ulnet counters` and for tests that nothing is left."""
+        return {
+            "sessions": len(self.records),
+            "flows": len(self.demux.flows()),
+            "guarded": len(self.guard.allowed()),
+            "names": len(self.ports),
+            "quarantined": len(self.ports.quarantined()),
+        }
+
+
+def _wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:
+    """A flow as the demultiplexer wants it."""
+    protocol, laddr, lport, raddr, rport = flow
+    return protocol, IPv4Address(laddr), lport, IPv4Address(raddr) if raddr else None, rport
+
+
+def flow_of_stray(stray: bytes) -> Flow | None:
+    """The flow of a stray, as its receiver sees it; None unless it is TCP or UDP over IPv4 over Ethernet."""
+    frame = stray[p.STRAY_HEAD : p.STRAY_HEAD + 14 + 60 + 4]
+    if (
+        len(frame) < 38
+        or len(stray) > p.STRAY_HEAD + p.MAX_FRAME_BYTES
+        or frame[12:14] != b"\x08\x00"
+        or frame[14] >> 4 != 4
+    ):
+        return None
+    transport = 14 + (frame[14] & 15) * 4
+    if frame[23] not in (TCP, UDP) or len(frame) < transport + 4 or transport < 34:
+        return None
+    if int.from_bytes(frame[20:22], "big") & 0x1FFF:
+        return None  # a later fragment has no ports
+    source = ".".join(map(str, frame[26:30]))
+    destination = ".".join(map(str, frame[30:34]))
+    sport = int.from_bytes(frame[transport : transport + 2], "big")
+    dport = int.from_bytes(frame[transport + 2 : transport + 4], "big")
+    return frame[23], destination, dport, source, sport

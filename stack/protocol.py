@@ -1,0 +1,321 @@
+"""The calls between an application's library and the network server (SOSP 1993 table 1), with checked fields.
+
+A Mach subsystem: a request has id ``base + n``, its reply that id + 100. Every reply starts with an errno (0: done).
+All inline parts have a fixed layout, so that a peer's message is either exactly one of these or refused; what varies
+in size (a session's state, frames, tables) travels out of line.
+
+Session ids: ``serial << 32 | number``. The server gives each attachment its serial; the library numbers its own
+sessions below ``SERVER_NUMBER``, the server those it delivers from there up. So naming one costs nobody a message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import struct
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args, get_origin, get_type_hints
+
+SERVICE: Final = "ulnet.netserver"  # the bootstrap name the server checks in
+VERSION: Final = 1
+DEFAULT_PATH: Final = "/run/ulnet/netserver.sock"
+PATH_VARIABLE: Final = "ULNET_SERVER"
+REPLY_OFFSET: Final = 100  # MIG: a reply's id is the request's plus 100
+
+SERVER_NUMBER: Final = 1 << 31
+MAX_BACKLOG: Final = 1024
+MAX_STATE_BYTES: Final = 64 << 20  # of one session, its buffers included
+MAX_FRAME_BYTES: Final = 65_549 + 100  # a super-segment with its header (limits of TPACKET slots)
+FRAMES_A_MESSAGE: Final = 32  # strays, each an out-of-line part
+PACKET_INTERFACES: Final = ("ipf", "shm", "ipc")  # SOSP 1993 section 4.1
+
+_base = 9300
+
+
+class Call(IntEnum):
+    """Library to server. ``(+)`` gets a reply."""
+
+    ATTACH = _base  # (+)
+    DETACH = _base + 1  # (+) everything given back; also a barrier for what was sent before
+    BIND = _base + 2  # (+)
+    CONNECT = _base + 3  # (+) when established, or failed
+    LISTEN = _base + 4  # (+)
+    RETURN = _base + 5  # a session comes back with its state: close
+    FORGET = _base + 6  # a session ended in the application
+    ACCEPTED = _base + 7  # credits of a listener
+    RESOLVE = _base + 8  # (+) when the neighbour answered, or not
+    SESSIONS = _base + 9  # (+)
+    COUNTERS = _base + 10  # (+)
+    STRAY = _base + 11  # frames of a flow that was returned a moment ago
+
+
+class Upcall(IntEnum):
+    """Server to library, one way."""
+
+    DELIVER = _base + 50  # an accepted session for a listener
+    STRAY = _base + 51  # frames of a flow that was handed over a moment ago
+    REFUSED = _base + 52  # a one-way call was not obeyed; for the log
+
+
+class ProtocolError(ValueError):
+    """A message that breaks the protocol: wrong length, or a field out of its range."""
+
+
+# -- fields ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    code: str
+    pack: Callable[[Any], Any] = lambda v: v
+    unpack: Callable[[Any], Any] = lambda v: v
+
+
+def pack_address(text: str) -> bytes:
+    """16 bytes: IPv4 as ::ffff:a.b.c.d (RFC 4291 2.5.5.2)."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv4Address):
+        return b"\0" * 10 + b"\xff\xff" + address.packed
+    return address.packed
+
+
+def unpack_address(raw: bytes) -> str:
+    """The text of a 128-bit address."""
+    if raw[:12] == b"\0" * 10 + b"\xff\xff":
+        return str(ipaddress.IPv4Address(raw[12:]))
+    return str(ipaddress.IPv6Address(raw))
+
+
+def _bool(value: int) -> bool:
+    if value > 1:
+        raise ProtocolError(f"a truth value of {value}")
+    return bool(value)
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode("utf-8", "replace")
+
+
+U8 = Annotated[int, _Kind("B")]
+U16 = Annotated[int, _Kind("H")]
+U32 = Annotated[int, _Kind("I")]
+U64 = Annotated[int, _Kind("Q")]
+I32 = Annotated[int, _Kind("i")]
+Flag = Annotated[bool, _Kind("B", int, _bool)]
+Address = Annotated[str, _Kind("16s", pack_address, unpack_address)]
+Mac = Annotated[bytes, _Kind("6s")]
+Text = Annotated[str, _Kind("64s", lambda s: s.encode()[:63], _text)]
+
+_T = TypeVar("_T", bound="Record")
+
+
+class Record:
+    """Base of all inline parts: a frozen dataclass with a fixed little-endian layout, made from its annotations."""
+
+    _struct: ClassVar[struct.Struct]
+    _kinds: ClassVar[tuple[tuple[str, _Kind], ...]]
+
+    def __init_subclass__(cls) -> None:
+        # Resolved late, because annotations are strings here and the class is not complete yet.
+        cls._kinds = ()
+
+    @classmethod
+    def _layout(cls) -> struct.Struct:
+        if not cls._kinds:
+            kinds = []
+            for name, hint in get_type_hints(cls, include_extras=True).items():
+                if get_origin(hint) is Annotated:
+                    kinds.append((name, next(k for k in get_args(hint) if isinstance(k, _Kind))))
+            cls._struct = struct.Struct("<" + "".join(k.code for _, k in kinds))
+            cls._kinds = tuple(kinds)
+        return cls._struct
+
+    def pack(self) -> bytes:
+        """The inline part of a message."""
+        layout = self._layout()
+        return layout.pack(*(kind.pack(getattr(self, name)) for name, kind in self._kinds))
+
+    @classmethod
+    def size(cls) -> int:
+        """Bytes of the packed record."""
+        return cls._layout().size
+
+    @classmethod
+    def unpack(cls: type[_T], data: bytes) -> _T:
+        """Raises ProtocolError when the length or a field is wrong."""
+        layout = cls._layout()
+        if len(data) != layout.size:
+            raise ProtocolError(f"{cls.__name__} of {len(data)} bytes, {layout.size} expected")
+        values = layout.unpack(data)
+        return cls(**{name: kind.unpack(value) for (name, kind), value in zip(cls._kinds, values, strict=True)})
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Attach(Record):
+    """Rights: a send right to the port for upcalls. ``interface``: index into PACKET_INTERFACES."""
+
+    version: U32
+    interface: U8
+
+
+@dataclasses.dataclass(frozen=True)
+class Bind(Record):
+    session: U64
+    protocol: U8
+    address: Address
+    port: U16
+    reuse_address: Flag = False
+    reuse_port: Flag = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Connect(Record):
+    session: U64
+    protocol: U8
+    address: Address
+    port: U16
+
+
+@dataclasses.dataclass(frozen=True)
+class Listen(Record):
+    session: U64
+    backlog: U32
+
+
+@dataclasses.dataclass(frozen=True)
+class Return(Record):
+    """Out of line: the state."""
+
+    session: U64
+
+
+@dataclasses.dataclass(frozen=True)
+class Forget(Record):
+    """``reset``: the library gave up on a session that it may never have received; the server resets the peer."""
+
+    session: U64
+    reset: Flag = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Accepted(Record):
+    session: U64
+    count: U32
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolve(Record):
+    address: Address
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing(Record):
+    """A request or a one-way call without inline fields."""
+
+    @classmethod
+    def _layout(cls) -> struct.Struct:
+        cls._struct = struct.Struct("<")
+        return cls._struct
+
+
+# -- replies and upcalls ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Status(Record):
+    """A reply without results, and every reply to a refused request. ``reason`` may be empty."""
+
+    error: U32
+    reason: Text = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attached(Record):
+    """Descriptors: channel, metastate page, status page."""
+
+    error: U32
+    serial: U32
+    channel: U32
+    ifindex: U32
+    loopback_ifindex: U32
+    mtu: U32
+    mac: Mac
+    prefix: U8
+    address: Address
+    slots: U32
+    slot_bytes: U32
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound(Record):
+    error: U32
+    address: Address
+    port: U16
+
+
+@dataclasses.dataclass(frozen=True)
+class Connected(Record):
+    """Out of line, TCP: the state. ``session`` tells whose answer it is where it was not waited for; ``port`` is 0 when
+    it failed and the session has no name any more."""
+
+    error: U32
+    session: U64
+    address: Address
+    port: U16
+    reason: Text = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Deliver(Record):
+    """Out of line: the state."""
+
+    listener: U64
+    session: U64
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused(Record):
+    call: U32
+    session: U64
+    error: U32
+    reason: Text = ""
+
+
+# Which record a request carries; the server refuses every other id.
+REQUESTS: Final[dict[int, type[Record]]] = {
+    Call.ATTACH: Attach,
+    Call.DETACH: Nothing,
+    Call.BIND: Bind,
+    Call.CONNECT: Connect,
+    Call.LISTEN: Listen,
+    Call.RETURN: Return,
+    Call.FORGET: Forget,
+    Call.ACCEPTED: Accepted,
+    Call.RESOLVE: Resolve,
+    Call.SESSIONS: Nothing,
+    Call.COUNTERS: Nothing,
+    Call.STRAY: Nothing,
+}
+ONE_WAY: Final = frozenset((Call.RETURN, Call.FORGET, Call.ACCEPTED, Call.STRAY))
+
+
+_STATE_HEAD = struct.Struct("=II16s16sHHB3x")  # the head of an exported session (engine.pyx): magic, size, flow_key
+STRAY_HEAD: Final = 4  # before a stray's Ethernet header: what the ring said of the frame (flags, size of its pieces)
+
+
+def flow_of_state(state: bytes | memoryview) -> tuple[int, str, int, str, int]:
+    """(protocol, local address, port, remote address, port) that an exported state says it is of."""
+    if len(state) < _STATE_HEAD.size:
+        raise ProtocolError(f"a session state of {len(state)} bytes")
+    _, _, laddr, raddr, lport, rport, protocol = _STATE_HEAD.unpack_from(state)
+    return protocol, unpack_address(laddr), lport, unpack_address(raddr), rport
+
+
+def server_path(path: str | None = None) -> str:
+    """Where the server is: the argument, else ``ULNET_SERVER``, else the default."""
+    return path or os.environ.get(PATH_VARIABLE) or DEFAULT_PATH

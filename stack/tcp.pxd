@@ -139,6 +139,9 @@ cdef void tcp_stat_get(const tcp_pcb *pcb, tcp_stat *out) noexcept nogil
 cdef size_t tcp_export_bytes(const tcp_pcb *pcb) noexcept nogil
 cdef size_t tcp_export(tcp_env *env, tcp_pcb *pcb, uint8_t *out) noexcept nogil
 cdef tcp_pcb *tcp_import(tcp_env *env, const uint8_t *data, size_t n, void *owner, int *err) noexcept nogil  # checks every field
+# TIME-WAIT: may this SYN begin a new connection at once (RFC 9293 3.10.7.4, RFC 6191)? Then free the pcb and treat
+# the SYN as new, with an initial sequence number not before *iss_least. Ask before tcp_input().
+cdef bint tcp_reusable(const tcp_pcb *pcb, const tcp_seg *syn, uint32_t *iss_least) noexcept nogil
 # The answer to a segment that belongs to no connection (RFC 9293 3.10.7.1); 0: none is due.
 cdef bint tcp_refuse(const tcp_seg *seg, tcp_out *out) noexcept nogil
 # RFC 6528: initial sequence number and timestamp offset of a flow from a 16-byte secret and the clock.

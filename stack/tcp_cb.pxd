@@ -59,7 +59,8 @@ cdef enum:
     TF_LINGER0 = 0x40000         # SO_LINGER with 0 seconds: close aborts
     TF_CWND_LIMITED = 0x80000    # the last output stopped at the congestion window
     TF_QUICKACK = 0x100000       # TCP_QUICKACK: no delayed ACKs
-    TF_EXPORT_MASK = 0x1FFFFF
+    TF_OPENED = 0x200000         # was open once: a later CLOSED is an end, not a beginning
+    TF_ALL = 0x3FFFFF
 
 cdef enum:
     TCP_MSS_DEFAULT = 536                # RFC 9293 3.7.1

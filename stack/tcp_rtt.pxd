@@ -2,11 +2,19 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 
+cdef extern from *:                      # C literals: an enum would make int of them
+    """
+    #define TCP_RTO_INITIAL_NS 1000000000LL
+    #define TCP_RTO_MIN_NS 200000000LL
+    #define TCP_RTO_MAX_NS 120000000000LL
+    #define TCP_RTO_AFTER_SYN_LOSS_NS 3000000000LL
+    """
+    const int64_t TCP_RTO_INITIAL_NS         # RFC 6298 (2.1)
+    const int64_t TCP_RTO_MIN_NS             # differs: RFC 6298 (2.4) says 1 s; 200 ms as Linux
+    const int64_t TCP_RTO_MAX_NS             # RFC 6298 (2.5): at least 60 s; as Linux
+    const int64_t TCP_RTO_AFTER_SYN_LOSS_NS  # RFC 6298 (5.7)
+
 cdef enum:
-    TCP_RTO_INITIAL_NS = 1000000000       # RFC 6298 (2.1)
-    TCP_RTO_MIN_NS = 200000000            # differs: RFC 6298 (2.4) says 1 s; 200 ms as Linux
-    TCP_RTO_MAX_NS = 120000000000         # RFC 6298 (2.5): at least 60 s; as Linux
-    TCP_RTO_AFTER_SYN_LOSS_NS = 3000000000   # RFC 6298 (5.7)
     TCP_BACKOFF_MAX = 12
 
 ctypedef struct tcp_rtt:

@@ -1,4 +1,4 @@
-"""Socket options: those a socket keeps itself, those its session takes, and how values look (socket(7), tcp(7), ip(7))."""
+"""Socket options: what a socket keeps, what its session takes, and how values look (socket(7), tcp(7), ip(7))."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class Options:
             return packed[:buflen] if buflen else self.linger[0]
         if level == _std.IPPROTO_TCP and name == _std.TCP_INFO:
             if not buflen:
-                raise OSError(errno.EINVAL, f"TCP_INFO is a structure: getsockopt(IPPROTO_TCP, TCP_INFO, {_TCP_INFO.size})")
+                raise OSError(
+                    errno.EINVAL, f"TCP_INFO is a structure: say how much of it, at most {_TCP_INFO.size} bytes"
+                )
             return _tcp_info(session)[:buflen]
         number = self._number_of(session, level, name, listening)
         return _INT.pack(number)[:buflen] if buflen else number

@@ -34,7 +34,7 @@ class Embedded(Host):
 
     ``address``: "a.b.c.d/length" (no length: 24). ``gateway``: next hop to everywhere else. ``spin_ns``: how long a
     waiting call polls the link before it sleeps. ``rng``: a seeded one makes port choice repeatable.
-    ``helper=False``: no thread of its own; then timers and acknowledgements run only inside calls, or by ``engine.poll()``.
+    ``helper=False``: no thread of its own; timers and acknowledgements then run only inside calls or ``engine.poll()``.
     """
 
     def __init__(
@@ -145,9 +145,7 @@ class Embedded(Host):
             self._settle()
             name = self._names.get(session.session_id)
             if name is None:
-                name = self._ports.choose(
-                    UDP, self.address, address, port, now_ns=time.monotonic_ns(), uid=os.getuid()
-                )
+                name = self._ports.choose(UDP, self.address, address, port, now_ns=time.monotonic_ns(), uid=os.getuid())
                 self._hold(session, name)
         self.engine.open_udp(session, self.address, name.port, address, port)
 
@@ -172,12 +170,10 @@ class Embedded(Host):
             child = self._ports.accept(name, self.address, *peer, now_ns=time.monotonic_ns())
             self._hold(session, child)
 
-    def close(  # type: ignore[override]
-        self, session: Session | None = None, *, abort: bool = False, linger_s: float = 2.0
-    ) -> None:
+    def close(self, session: Session | None = None, *, abort: bool = False) -> None:
         """``close(session)``: see Host. ``close()``: shutdown()."""
         if session is None:
-            self.shutdown(linger_s)
+            self.shutdown()
             return
         self.engine.close_session(session, linger_abort=abort)
         with self._lock:

@@ -3,8 +3,8 @@
 ``from ulnet.stack import socket`` in place of ``import socket``. TCP and UDP over IPv4 run here; everything that opens
 no socket (constants, exceptions, getaddrinfo, inet_aton, ...) is the standard module's own.
 
-Where a socket's sessions are set up (a Host) is chosen by ``socket(..., host=)``, else by ``set_default_host()``, else it
-is the network server named by ULNET_SERVER or at the default path.
+Where a socket's sessions are set up (a Host) is chosen by ``socket(..., host=)``, else by ``set_default_host()``,
+else it is the network server named by ULNET_SERVER or at the default path.
 
 differs from socket(7): a connection belongs to this process and cannot be duplicated or inherited; ``fileno()`` is for
 select, poll and epoll only (reading or writing it by os.read or os.write does not touch the connection).
@@ -28,93 +28,35 @@ from ulnet.stack.engine import ERROR, HUP, READABLE, WRITABLE, Session
 from ulnet.stack.host import Host
 
 if TYPE_CHECKING:  # at run time every public name of the standard module is taken over, below
-    from socket import AF_INET as AF_INET
-    from socket import AF_INET6 as AF_INET6
-    from socket import AF_UNIX as AF_UNIX
-    from socket import AF_UNSPEC as AF_UNSPEC
-    from socket import AI_CANONNAME as AI_CANONNAME
-    from socket import AI_NUMERICHOST as AI_NUMERICHOST
-    from socket import AI_PASSIVE as AI_PASSIVE
-    from socket import EAI_NONAME as EAI_NONAME
-    from socket import INADDR_ANY as INADDR_ANY
-    from socket import INADDR_BROADCAST as INADDR_BROADCAST
-    from socket import INADDR_LOOPBACK as INADDR_LOOPBACK
-    from socket import IP_TOS as IP_TOS
-    from socket import IP_TTL as IP_TTL
-    from socket import IPPROTO_ICMP as IPPROTO_ICMP
-    from socket import IPPROTO_IP as IPPROTO_IP
-    from socket import IPPROTO_IPV6 as IPPROTO_IPV6
-    from socket import IPPROTO_TCP as IPPROTO_TCP
-    from socket import IPPROTO_UDP as IPPROTO_UDP
-    from socket import IPV6_V6ONLY as IPV6_V6ONLY
-    from socket import MSG_DONTWAIT as MSG_DONTWAIT
-    from socket import MSG_NOSIGNAL as MSG_NOSIGNAL
-    from socket import MSG_OOB as MSG_OOB
-    from socket import MSG_PEEK as MSG_PEEK
-    from socket import MSG_TRUNC as MSG_TRUNC
-    from socket import MSG_WAITALL as MSG_WAITALL
-    from socket import NI_NUMERICHOST as NI_NUMERICHOST
-    from socket import NI_NUMERICSERV as NI_NUMERICSERV
-    from socket import SHUT_RD as SHUT_RD
-    from socket import SHUT_RDWR as SHUT_RDWR
-    from socket import SHUT_WR as SHUT_WR
-    from socket import SO_ACCEPTCONN as SO_ACCEPTCONN
-    from socket import SO_BROADCAST as SO_BROADCAST
-    from socket import SO_DOMAIN as SO_DOMAIN
-    from socket import SO_ERROR as SO_ERROR
-    from socket import SO_KEEPALIVE as SO_KEEPALIVE
-    from socket import SO_LINGER as SO_LINGER
-    from socket import SO_PROTOCOL as SO_PROTOCOL
-    from socket import SO_RCVBUF as SO_RCVBUF
-    from socket import SO_REUSEADDR as SO_REUSEADDR
-    from socket import SO_REUSEPORT as SO_REUSEPORT
-    from socket import SO_SNDBUF as SO_SNDBUF
-    from socket import SO_TYPE as SO_TYPE
-    from socket import SOCK_CLOEXEC as SOCK_CLOEXEC
-    from socket import SOCK_DGRAM as SOCK_DGRAM
-    from socket import SOCK_NONBLOCK as SOCK_NONBLOCK
-    from socket import SOCK_STREAM as SOCK_STREAM
-    from socket import SOL_SOCKET as SOL_SOCKET
-    from socket import SOMAXCONN as SOMAXCONN
-    from socket import TCP_CORK as TCP_CORK
-    from socket import TCP_INFO as TCP_INFO
-    from socket import TCP_KEEPCNT as TCP_KEEPCNT
-    from socket import TCP_KEEPIDLE as TCP_KEEPIDLE
-    from socket import TCP_KEEPINTVL as TCP_KEEPINTVL
-    from socket import TCP_MAXSEG as TCP_MAXSEG
-    from socket import TCP_NODELAY as TCP_NODELAY
-    from socket import TCP_QUICKACK as TCP_QUICKACK
-    from socket import TCP_USER_TIMEOUT as TCP_USER_TIMEOUT
-    from socket import AddressFamily as AddressFamily
-    from socket import AddressInfo as AddressInfo
-    from socket import MsgFlag as MsgFlag
-    from socket import SocketIO as SocketIO
-    from socket import SocketKind as SocketKind
-    from socket import gaierror as gaierror
-    from socket import getaddrinfo as getaddrinfo
-    from socket import getfqdn as getfqdn
-    from socket import gethostbyaddr as gethostbyaddr
-    from socket import gethostbyname as gethostbyname
-    from socket import gethostbyname_ex as gethostbyname_ex
-    from socket import gethostname as gethostname
-    from socket import getnameinfo as getnameinfo
-    from socket import getprotobyname as getprotobyname
-    from socket import getservbyname as getservbyname
-    from socket import getservbyport as getservbyport
-    from socket import has_ipv6 as has_ipv6
-    from socket import herror as herror
-    from socket import htonl as htonl
-    from socket import htons as htons
-    from socket import if_indextoname as if_indextoname
-    from socket import if_nameindex as if_nameindex
-    from socket import if_nametoindex as if_nametoindex
-    from socket import inet_aton as inet_aton
-    from socket import inet_ntoa as inet_ntoa
-    from socket import inet_ntop as inet_ntop
-    from socket import inet_pton as inet_pton
-    from socket import ntohl as ntohl
-    from socket import ntohs as ntohs
-    from socket import socketpair as socketpair
+    # fmt: off
+    from socket import (  # noqa: I001
+        AF_INET as AF_INET, AF_INET6 as AF_INET6, AF_UNIX as AF_UNIX, AF_UNSPEC as AF_UNSPEC,
+        AI_CANONNAME as AI_CANONNAME, AI_NUMERICHOST as AI_NUMERICHOST, AI_PASSIVE as AI_PASSIVE,
+        EAI_NONAME as EAI_NONAME, INADDR_ANY as INADDR_ANY, INADDR_BROADCAST as INADDR_BROADCAST,
+        INADDR_LOOPBACK as INADDR_LOOPBACK, IP_TOS as IP_TOS, IP_TTL as IP_TTL, IPPROTO_ICMP as IPPROTO_ICMP,
+        IPPROTO_IP as IPPROTO_IP, IPPROTO_IPV6 as IPPROTO_IPV6, IPPROTO_TCP as IPPROTO_TCP,
+        IPPROTO_UDP as IPPROTO_UDP, IPV6_V6ONLY as IPV6_V6ONLY, MSG_DONTWAIT as MSG_DONTWAIT,
+        MSG_NOSIGNAL as MSG_NOSIGNAL, MSG_OOB as MSG_OOB, MSG_PEEK as MSG_PEEK, MSG_TRUNC as MSG_TRUNC,
+        MSG_WAITALL as MSG_WAITALL, NI_NUMERICHOST as NI_NUMERICHOST, NI_NUMERICSERV as NI_NUMERICSERV,
+        SHUT_RD as SHUT_RD, SHUT_RDWR as SHUT_RDWR, SHUT_WR as SHUT_WR, SO_ACCEPTCONN as SO_ACCEPTCONN,
+        SO_BROADCAST as SO_BROADCAST, SO_DOMAIN as SO_DOMAIN, SO_ERROR as SO_ERROR, SO_KEEPALIVE as SO_KEEPALIVE,
+        SO_LINGER as SO_LINGER, SO_PROTOCOL as SO_PROTOCOL, SO_RCVBUF as SO_RCVBUF, SO_REUSEADDR as SO_REUSEADDR,
+        SO_REUSEPORT as SO_REUSEPORT, SO_SNDBUF as SO_SNDBUF, SO_TYPE as SO_TYPE, SOCK_CLOEXEC as SOCK_CLOEXEC,
+        SOCK_DGRAM as SOCK_DGRAM, SOCK_NONBLOCK as SOCK_NONBLOCK, SOCK_STREAM as SOCK_STREAM,
+        SOL_SOCKET as SOL_SOCKET, SOMAXCONN as SOMAXCONN, TCP_CORK as TCP_CORK, TCP_INFO as TCP_INFO,
+        TCP_KEEPCNT as TCP_KEEPCNT, TCP_KEEPIDLE as TCP_KEEPIDLE, TCP_KEEPINTVL as TCP_KEEPINTVL,
+        TCP_MAXSEG as TCP_MAXSEG, TCP_NODELAY as TCP_NODELAY, TCP_QUICKACK as TCP_QUICKACK,
+        TCP_USER_TIMEOUT as TCP_USER_TIMEOUT, AddressFamily as AddressFamily, AddressInfo as AddressInfo,
+        MsgFlag as MsgFlag, SocketIO as SocketIO, SocketKind as SocketKind, gaierror as gaierror,
+        getaddrinfo as getaddrinfo, getfqdn as getfqdn, gethostbyaddr as gethostbyaddr,
+        gethostbyname as gethostbyname, gethostbyname_ex as gethostbyname_ex, gethostname as gethostname,
+        getnameinfo as getnameinfo, getprotobyname as getprotobyname, getservbyname as getservbyname,
+        getservbyport as getservbyport, has_ipv6 as has_ipv6, herror as herror, htonl as htonl, htons as htons,
+        if_indextoname as if_indextoname, if_nameindex as if_nameindex, if_nametoindex as if_nametoindex,
+        inet_aton as inet_aton, inet_ntoa as inet_ntoa, inet_ntop as inet_ntop, inet_pton as inet_pton,
+        ntohl as ntohl, ntohs as ntohs, socketpair as socketpair,
+    )
+    # fmt: on
 
 error = OSError
 timeout = TimeoutError
@@ -139,7 +81,7 @@ def set_default_host(host: Host | None) -> None:
 
 
 def get_default_host() -> Host:
-    """The host of sockets made without ``host=``. Connects to the network server at first use; OSError if there is none."""
+    """The host of sockets made without ``host=``: by default the network server, joined at first use, or OSError."""
     if _default_host is not None:
         return _default_host
     from ulnet.stack.proxy import connect_default
@@ -216,7 +158,7 @@ class socket(Socket):
     def _revive(self, fileno: int) -> None:
         other = _detached.pop(fileno, None)
         if other is None or other.session is None:
-            message = f"descriptor {fileno} is no socket of this stack: only a number that detach() gave can be taken over"
+            message = f"descriptor {fileno} is no socket of this stack: only what detach() gave can be taken over"
             raise OSError(errno.ENOTSOCK, message)
         self._setup(other._host, other.session, other.proto, other._options, other._named)
         self._bound, self._listening, self._connecting = other._bound, other._listening, other._connecting
@@ -439,7 +381,7 @@ class socket(Socket):
 
     def dup(self) -> socket:
         """Refused: a session has one owner."""
-        raise OSError(errno.EOPNOTSUPP, "a connection of this stack has one owner: dup() is not possible, use one socket")
+        raise OSError(errno.EOPNOTSUPP, "a connection of this stack has one owner: share the socket, do not dup() it")
 
     def get_inheritable(self) -> bool:
         """Always False: a connection lives in this process."""
@@ -451,7 +393,7 @@ class socket(Socket):
             raise OSError(errno.EOPNOTSUPP, "a connection of this stack lives in this process: it cannot be inherited")
 
     def detach(self) -> int:
-        """Give the connection up to its descriptor; ``socket(fileno=...)`` takes it over again, ``close(fd)`` ends it."""
+        """Leave the connection to its descriptor; ``socket(fileno=...)`` takes it over, ``close(fd)`` ends it."""
         session = self.session
         if session is None:
             return -1
@@ -555,7 +497,7 @@ def create_connection(
     all_errors: bool = False,
     host: Host | None = None,
 ) -> socket:
-    """Connect to (name, port), trying each IPv4 address of the name. Raises the last error (``all_errors``: all of them)."""
+    """Connect to (name, port), trying each IPv4 address. Raises the last error (``all_errors``: all of them)."""
     errors: list[OSError] = []
     for family, kind, proto, _, target in getaddrinfo(address[0], address[1], _std.AF_INET, _std.SOCK_STREAM):
         sock = None
@@ -639,6 +581,6 @@ def close(fd: int, /) -> None:
 
 if not TYPE_CHECKING:
     # Everything else is the standard module's: constants, exceptions, look-ups.
-    globals().update((name, value) for name, value in vars(_std).items() if name.isidentifier() and name not in globals())
+    globals().update((name, value) for name, value in vars(_std).items() if name not in globals())
 
 __all__ = sorted({name for name in _std.__all__ if name in globals()} | {"get_default_host", "set_default_host"})

@@ -142,6 +142,6 @@ class Engine:
         """Server: a flow handed out earlier (restart)."""
     def interrupt(self) -> None:
         """Wake every waiter once (they re-check)."""
-    def sessions(self) -> list[Session | dict[str, Any]]: ...
+    def sessions(self) -> list[dict[str, Any]]: ...
     def counters(self) -> dict[str, int]:
         """Everything counted: frames, drops by reason, TCP, UDP, ICMP, ARP, buffers, system calls."""

@@ -101,7 +101,7 @@ class Proxy(Host):
             slot_bytes=attached.slot_bytes,
         )
         self.engine = Engine(
-            self.link, Metastate.open(meta_fd), library=True, stats=StatPage.open(stat_fd), spin_ns=spin_ns
+            self.link, Metastate.open(meta_fd), library=True, stats=StatPage.open(stat_fd, writable=True), spin_ns=spin_ns
         )
         self.engine.resolver = self._resolve
         self.engine.on_strays = self._forward_strays

@@ -22,6 +22,7 @@ from channel_hosts import (
     udp,
     wire_or_skip,
 )
+
 from ulnet.kernelshim.channel import CHANNEL_MARK, CHANNEL_MARK_MASK, open_embedded
 from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.packet import PacketLink

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ulnet.kernelshim import bpf
 
 HERE = Path(__file__).parent
@@ -82,7 +83,7 @@ def test_bpf_tells_whether_it_may_be_used() -> None:
     if bpf.available():
         table = bpf.Hash(4, 4, 8)
         table.update_batch([(bytes([n, 0, 0, 0]), bytes(4)) for n in range(5)])
-        assert sorted(key[0] for key in table.keys()) == [0, 1, 2, 3, 4]
+        assert sorted(key[0] for key in table.every_key()) == [0, 1, 2, 3, 4]
         table.delete(b"\2\0\0\0")
         assert table.lookup(b"\2\0\0\0") is None and table.lookup(b"\1\0\0\0") == bytes(4)
         with pytest.raises(KeyError):

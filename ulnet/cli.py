@@ -73,6 +73,8 @@ def _netserver(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for chatty in ("pyroute2", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # they tell every netlink attribute
     path = protocol.server_path(arguments.socket)
     try:
         server = NetServer(

@@ -4,6 +4,7 @@ import os
 import threading
 import weakref
 
+cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
@@ -117,6 +118,8 @@ cdef inline int64_t deadline_of(int64_t timeout_ns) noexcept nogil:
     return timeout_ns if timeout_ns <= 0 else clock_now() + timeout_ns
 
 
+# The collector must not take the attributes before __dealloc__ has used them.
+@cython.no_gc_clear
 cdef class Buffer:
     """Received bytes in the stack's own memory (a ring slot, if they were many): read-only, by the buffer protocol."""
 
@@ -181,6 +184,8 @@ cdef class Buffer:
         self.give_back()
 
 
+# The collector must not take the attributes before __dealloc__ has used them.
+@cython.no_gc_clear
 cdef class Session:
     """One session, or the shell of one that is not open yet. Made by Engine.new_session()."""
 
@@ -602,6 +607,8 @@ cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nog
     return -ENOPROTOOPT
 
 
+# The collector must not take the attributes before __dealloc__ has used them.
+@cython.no_gc_clear
 cdef class Engine:
     """One link and its sessions. ``library=True``: ARP, ICMP echo, refusals and handshakes are the server's matter."""
 

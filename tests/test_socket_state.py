@@ -16,7 +16,7 @@ from sockethosts import B, listening, read_all, running
 from ulnet.stack import socket
 from ulnet.stack.embedded import Embedded
 
-pytest_plugins = ["sockethosts"]
+pytest_plugins = ["socketfixtures"]
 
 
 # -- descriptors -------------------------------------------------------------------------------

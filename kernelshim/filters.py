@@ -81,15 +81,15 @@ _AT_INNER = -96  # 8 bytes of ICMP, 20 of the IP header it quotes
 _AT_INDEX = -104
 
 
-def _load_bytes(p: ExtendedProgram, to: int, count: int) -> None:
-    """Copy packet bytes from network header + r2 to the stack; jumps to ``unknown`` when it is too short."""
+def _load_bytes(p: ExtendedProgram, to: int, count: int, short: str = "unknown") -> None:
+    """Copy packet bytes from network header + r2 to the stack; jumps to ``short`` when there are too few."""
     p.alu_reg("mov", 1, 6)
     p.alu_reg("mov", 3, p.fp)
     p.alu("add", 3, to)
     p.alu("mov", 4, count)
     p.alu("mov", 5, _HDR_START_NET)
     p.call(_SKB_LOAD_BYTES_RELATIVE)
-    p.jump_if("ne", 0, 0, "unknown")
+    p.jump_if("ne", 0, 0, short)
 
 
 def _header_length(p: ExtendedProgram, dst: int, at: int) -> None:
@@ -196,7 +196,7 @@ def _only_to(p: ExtendedProgram, place: Place) -> None:
     p.load(4, 1, 6, _SKB_PROTOCOL)
     p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "drop")
     p.alu("mov", 2, 16)
-    _load_bytes(p, _AT_IP, 4)
+    _load_bytes(p, _AT_IP, 4, "drop")
     p.load(4, 1, p.fp, _AT_IP)
     _jump_unless_address(p, 1, place)
 
@@ -261,12 +261,13 @@ def extended_server_filter(place: Place, flows: Map) -> ExtendedProgram:
     p.load(4, 1, 6, _SKB_PROTOCOL)
     p.jump_if("ne", 1, socket.htons(_ETH_P_ARP), "not ARP")
     p.alu("mov", 2, 24)  # RFC 826: target protocol address
-    p.alu("mov", 8, 0)
-    _load_bytes(p, _AT_IP, 4)
+    _load_bytes(p, _AT_IP, 4, "drop")
     p.load(4, 1, p.fp, _AT_IP)
     _jump_unless_address(p, 1, place)
     p.exit(_ACCEPT)
     p.label("not ARP")
+    p.load(4, 1, 6, _SKB_PKT_TYPE)  # RFC 1122 (3.3.6): no unicast address in a broadcast frame
+    p.jump_if("ne", 1, _HOST, "drop")
     _only_to(p, place)
     _find_flow(p, flows)
     p.load(4, 1, 0, 0)
@@ -329,6 +330,8 @@ def classic_server_filter(place: Place) -> bytes:
     p.jump_if("eq", int(place.address), yes="accept", no="drop")
     p.label("not ARP")
     p.jump_if("eq", _ETH_P_IP, no="drop")
+    p.load(4, AD_PKTTYPE)  # RFC 1122 (3.3.6): no unicast address in a broadcast frame
+    p.jump_if("eq", _HOST, no="drop")
     p.load(4, SKF_NET_OFF + 16)
     p.jump_if("eq", int(place.address), no="drop")
     p.label("accept")
@@ -356,6 +359,8 @@ def classic_selector(place: Place, flows: Mapping[Flow, int]) -> bytes:
     p.load(2, SKF_NET_OFF + 6)
     p.jump_if("set", _NOT_WHOLE, yes="unknown")
     p.load(1, SKF_NET_OFF)
+    p.jump_if("ge", 0x45, no="unknown")  # version 4, at least 20 bytes
+    p.jump_if("gt", 0x4F, yes="unknown")
     p.alu("and", 15)
     p.alu("lsh", 2)
     p.a_to_x()
@@ -394,6 +399,8 @@ def classic_selector(place: Place, flows: Mapping[Flow, int]) -> bytes:
     p.alu("lsh", 16)
     p.store_scratch(_M_PORT)
     p.load_at_x(1, SKF_NET_OFF + 8)
+    p.jump_if("ge", 0x45, no="foreign")
+    p.jump_if("gt", 0x4F, yes="foreign")
     p.alu("and", 15)
     p.alu("lsh", 2)
     p.alu_x("add")
@@ -414,31 +421,39 @@ def classic_selector(place: Place, flows: Mapping[Flow, int]) -> bytes:
     ports: dict[int, list[tuple[Flow, int]]] = {}
     for flow, index in flows.items():
         ports.setdefault(flow.proto << 16 | flow.lport, []).append((flow, index))
-    _search(p, sorted(ports.items()))
+    _search(p, sorted(ports.items(), key=lambda item: item[0]))
     return p.assemble()
 
 
-def _search(p: ClassicProgram, ports: list[tuple[int, list[tuple[Flow, int]]]]) -> None:
+_Port = tuple[int, list[tuple[Flow, int]]]
+
+
+def _is_near(flows: int, groups: int) -> bool:
+    """Whether the code for so many flows in so many groups can be jumped over by a conditional jump."""
+    return 8 * flows + 4 * groups < 250
+
+
+def _search(p: ClassicProgram, ports: list[_Port]) -> None:
     """A holds protocol << 16 | local port: branch to one port's flows."""
-    if len(ports) <= 1:
-        for port, flows in ports:
-            p.jump_if("eq", port, yes=f"match {port}")
-            p.ret(SERVER_INDEX)
-            p.label(f"match {port}")
-            _remotes(p, flows)
+    if not ports:
         p.ret(SERVER_INDEX)
-        return
-    middle = len(ports) // 2
-    upper = f"from {ports[middle][0]}"
-    p.jump_if("ge", ports[middle][0], no=f"below {ports[middle][0]}")
-    p.jump(upper)
-    p.label(f"below {ports[middle][0]}")
-    _search(p, ports[:middle])
-    p.label(upper)
-    _search(p, ports[middle:])
+    elif len(ports) == 1:
+        _port_flows(p, *ports[0])
+    else:
+        middle = len(ports) // 2
+        port, lower = ports[middle][0], ports[:middle]
+        if _is_near(sum(len(flows) for _, flows in lower), middle):
+            p.jump_if("ge", port, yes=f"from {port}")
+        else:
+            p.jump_if("ge", port, no=f"below {port}")
+            p.jump(f"from {port}")
+            p.label(f"below {port}")
+        _search(p, lower)
+        p.label(f"from {port}")
+        _search(p, ports[middle:])
 
 
-def _remotes(p: ClassicProgram, flows: list[tuple[Flow, int]]) -> None:
+def _port_flows(p: ClassicProgram, port: int, flows: list[tuple[Flow, int]]) -> None:
     """Return the index of the flow with the packet's remote; else of the one for any remote."""
     hosts: dict[int, list[tuple[int, int]]] = {}
     anyone = SERVER_INDEX
@@ -447,25 +462,29 @@ def _remotes(p: ClassicProgram, flows: list[tuple[Flow, int]]) -> None:
             anyone = index
         else:
             hosts.setdefault(int(flow.raddr), []).append((flow.rport, index))
-    prefix = f"{flows[0][0].proto} {flows[0][0].lport}"
-    if hosts:
-        _remote_hosts(p, prefix, sorted(hosts.items()), anyone)
+    if anyone == SERVER_INDEX and _is_near(len(flows), len(hosts)):
+        p.jump_if("eq", port, no=f"not {port}")
     else:
-        p.ret(anyone)
-
-
-def _remote_hosts(p: ClassicProgram, prefix: str, hosts: list[tuple[int, list[tuple[int, int]]]], other: int) -> None:
-    p.load_scratch(_M_RADDR)
-    for host, ports in hosts:
-        # Long lists of one remote's ports lie between: jump over them without a limit.
-        p.jump_if("eq", host, yes=f"{prefix} at {host}")
-        p.jump(f"{prefix} not {host}")
-        p.label(f"{prefix} at {host}")
+        p.jump_if("eq", port, yes=f"is {port}")
+        p.ret(SERVER_INDEX)
+        p.label(f"is {port}")
+    if hosts:
+        p.load_scratch(_M_RADDR)
+    for host, remotes in sorted(hosts.items()):
+        elsewhere = f"{port} not {host}"
+        if _is_near(len(remotes), 1):
+            p.jump_if("eq", host, no=elsewhere)
+        else:
+            p.jump_if("eq", host, yes=f"{port} at {host}")
+            p.jump(elsewhere)
+            p.label(f"{port} at {host}")
         p.load_scratch(_M_RPORT)
-        for rport, index in sorted(ports):
-            p.jump_if("eq", rport, no=f"{prefix} not {host} {rport}")
+        for rport, index in sorted(remotes):
+            p.jump_if("eq", rport, no=f"{port} not {host} {rport}")
             p.ret(index)
-            p.label(f"{prefix} not {host} {rport}")
-        p.ret(other)
-        p.label(f"{prefix} not {host}")
-    p.ret(other)
+            p.label(f"{port} not {host} {rport}")
+        if len(hosts) > 1:
+            p.ret(anyone)
+        p.label(elsewhere)
+    p.label(f"not {port}")
+    p.ret(anyone)

@@ -85,6 +85,7 @@ cdef void table_reset(neigh_table *t) noexcept nogil:
 cdef uint32_t chain_of(const neigh_table *t, const ul_addr *a) noexcept nogil:
     cdef uint64_t h = t.page.hash_seed ^ (<const uint64_t *>a.b)[0] ^ (<const uint64_t *>a.b)[1]
     h = (h ^ (h >> 32)) * <uint64_t>0x9E3779B97F4A7C15   # folded: the high bits must see the address's last byte
+    h = (h ^ (h >> 32)) * <uint64_t>0xC4CEB9FE1A85EC53
     return <uint32_t>(h >> 54)               # ten bits: 0..ENTRIES - 1
 
 

@@ -106,7 +106,7 @@ I32 = Annotated[int, _Kind("i")]
 Flag = Annotated[bool, _Kind("B", int, _bool)]
 Address = Annotated[str, _Kind("16s", pack_address, unpack_address)]
 Mac = Annotated[bytes, _Kind("6s")]
-Text = Annotated[str, _Kind("64s", lambda s: s.encode()[:63], _text)]
+Text = Annotated[str, _Kind("192s", lambda s: s.encode()[:191], _text)]
 
 _T = TypeVar("_T", bound="Record")
 

@@ -40,6 +40,7 @@ from ulnet.stack.tcp cimport (
     TCP_ACK, TCP_RST, tcp_export, tcp_export_bytes, tcp_getopt, tcp_import, tcp_isn, tcp_open, tcp_out, tcp_setopt,
     tcp_so_error, tcp_stat, tcp_stat_get, tcp_state, tcp_wants_output,
 )
+from ulnet.stack.tcp_cb cimport TCP_MSS_MIN
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_from_ipv4, addr_is_zero, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_new
 
@@ -71,6 +72,7 @@ cdef enum:
     IP_TOS = 1
     IP_TTL = 2
     TCP_NODELAY = 1
+    TCP_MAXSEG = 2
     TCP_KEEPIDLE = 4
     TCP_KEEPINTVL = 5
     TCP_KEEPCNT = 6
@@ -546,6 +548,8 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
             s.cfg.rcvbuf_bytes = <uint32_t>(value if value > 4096 else 4096)
         elif name == SO_KEEPALIVE:
             s.cfg.keepalive = value != 0
+        elif s.role != ROLE_TCP:
+            return -ENOPROTOOPT
     elif level == UL_IPPROTO_TCP:
         if name == TCP_NODELAY:
             s.cfg.nodelay = value != 0
@@ -562,6 +566,11 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
             if value < 0:
                 return -EINVAL
             s.cfg.user_timeout_ms = value
+        elif name == TCP_MAXSEG and s.role != ROLE_TCP:
+            if value < TCP_MSS_MIN or value > 65495:
+                return -EINVAL
+            if value < s.cfg.mss_bytes:
+                s.cfg.mss_bytes = <uint16_t>value
         elif s.role != ROLE_TCP:
             return -ENOPROTOOPT
     else:
@@ -601,6 +610,8 @@ cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nog
             value[0] = s.cfg.keepcnt
         elif name == TCP_USER_TIMEOUT:
             value[0] = s.cfg.user_timeout_ms
+        elif name == TCP_MAXSEG:
+            value[0] = s.cfg.mss_bytes
         else:
             return -ENOPROTOOPT
         return 0

@@ -406,6 +406,8 @@ cdef class Endpoint:
                 self.user_gone = True
                 tcp_close(&self.env, self.pcb)
         while self.pouring is not None:
+            if self.pcb.state < TCP_ESTABLISHED and (self.pcb.state != TCP_CLOSED or not self.pcb.flags & TF_OPENED):
+                break                    # not connected yet
             if self.poured < <size_t>PyBytes_GET_SIZE(self.pouring):
                 n = tcp_write(&self.env, self.pcb, <const uint8_t *>PyBytes_AS_STRING(self.pouring) + self.poured,
                               PyBytes_GET_SIZE(self.pouring) - self.poured)

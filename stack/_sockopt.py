@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket as _std
@@ -16,6 +17,9 @@ _TCP_INFO: Final = struct.Struct("@8B24I")  # the part of struct tcp_info that e
 
 # Kept by the socket: they matter to bind() and close(), not to the protocols.
 _KEPT: Final = frozenset((_std.SO_REUSEADDR, _std.SO_REUSEPORT, _std.SO_BROADCAST))
+
+# Known to a connection only: remembered until there is one.
+_LATER: Final = frozenset(((_std.IPPROTO_TCP, _std.TCP_CORK), (_std.IPPROTO_TCP, _std.TCP_QUICKACK)))
 
 # RFC 9293's order of states (tcp_stat.state) to that of struct tcp_info (TCP_ESTABLISHED is 1, ... TCP_CLOSING 11).
 _LINUX_STATE: Final = (7, 10, 2, 3, 1, 4, 5, 8, 11, 9, 6)
@@ -47,7 +51,8 @@ class Options:
     def apply(self, session: Session) -> None:
         """Give a session that just became live what was set before."""
         for (level, name), value in self.passed.items():
-            session.setopt(level, name, value)
+            with contextlib.suppress(OSError):  # what only means something before connecting, or it is dead already
+                session.setopt(level, name, value)
 
     def set(self, session: Session, level: int, name: int, value: Any, optlen: int | None = None) -> None:
         if value is None:
@@ -62,7 +67,8 @@ class Options:
         if level == _std.SOL_SOCKET and name in _KEPT:
             self.kept[name] = int(bool(number))
             return
-        session.setopt(level, name, int(number))
+        if session.live or (level, name) not in _LATER:
+            session.setopt(level, name, int(number))
         self.passed[level, name] = int(number)
 
     def get(self, session: Session, level: int, name: int, *, listening: bool, buflen: int = 0) -> int | bytes:
@@ -95,6 +101,8 @@ class Options:
                 return int(_std.AF_INET)
             if name == _std.SO_ACCEPTCONN:
                 return int(listening)
+        if (level, name) in _LATER and not session.live:
+            return self.passed.get((level, name), 0)
         return session.getopt(level, name)
 
 

@@ -121,7 +121,8 @@ class Embedded(Host):
             self._connect_udp(session, address, port)
             return
         if session.live and session.state != "CLOSED":
-            raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
+            number = errno.EALREADY if session.state == "SYN-SENT" else errno.EISCONN
+            raise OSError(number, os.strerror(number))
         self.engine.reopen(session)
         name = self._name_flow(session, address, port)
         try:

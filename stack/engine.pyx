@@ -4,6 +4,7 @@ import os
 import threading
 import weakref
 
+cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
@@ -39,6 +40,7 @@ from ulnet.stack.tcp cimport (
     TCP_ACK, TCP_RST, tcp_export, tcp_export_bytes, tcp_getopt, tcp_import, tcp_isn, tcp_open, tcp_out, tcp_setopt,
     tcp_so_error, tcp_stat, tcp_stat_get, tcp_state, tcp_wants_output,
 )
+from ulnet.stack.tcp_cb cimport TCP_MSS_MIN
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_from_ipv4, addr_is_zero, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_new
 
@@ -70,6 +72,7 @@ cdef enum:
     IP_TOS = 1
     IP_TTL = 2
     TCP_NODELAY = 1
+    TCP_MAXSEG = 2
     TCP_KEEPIDLE = 4
     TCP_KEEPINTVL = 5
     TCP_KEEPCNT = 6
@@ -117,6 +120,8 @@ cdef inline int64_t deadline_of(int64_t timeout_ns) noexcept nogil:
     return timeout_ns if timeout_ns <= 0 else clock_now() + timeout_ns
 
 
+# The collector must not take the attributes before __dealloc__ has used them.
+@cython.no_gc_clear
 cdef class Buffer:
     """Received bytes in the stack's own memory (a ring slot, if they were many): read-only, by the buffer protocol."""
 
@@ -181,6 +186,8 @@ cdef class Buffer:
         self.give_back()
 
 
+# The collector must not take the attributes before __dealloc__ has used them.
+@cython.no_gc_clear
 cdef class Session:
     """One session, or the shell of one that is not open yet. Made by Engine.new_session()."""
 
@@ -541,6 +548,8 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
             s.cfg.rcvbuf_bytes = <uint32_t>(value if value > 4096 else 4096)
         elif name == SO_KEEPALIVE:
             s.cfg.keepalive = value != 0
+        elif s.role != ROLE_TCP:
+            return -ENOPROTOOPT
     elif level == UL_IPPROTO_TCP:
         if name == TCP_NODELAY:
             s.cfg.nodelay = value != 0
@@ -557,6 +566,11 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
             if value < 0:
                 return -EINVAL
             s.cfg.user_timeout_ms = value
+        elif name == TCP_MAXSEG and s.role != ROLE_TCP:
+            if value < TCP_MSS_MIN or value > 65495:
+                return -EINVAL
+            if value < s.cfg.mss_bytes:
+                s.cfg.mss_bytes = <uint16_t>value
         elif s.role != ROLE_TCP:
             return -ENOPROTOOPT
     else:
@@ -596,12 +610,16 @@ cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nog
             value[0] = s.cfg.keepcnt
         elif name == TCP_USER_TIMEOUT:
             value[0] = s.cfg.user_timeout_ms
+        elif name == TCP_MAXSEG:
+            value[0] = s.cfg.mss_bytes
         else:
             return -ENOPROTOOPT
         return 0
     return -ENOPROTOOPT
 
 
+# The collector must not take the attributes before __dealloc__ has used them.
+@cython.no_gc_clear
 cdef class Engine:
     """One link and its sessions. ``library=True``: ARP, ICMP echo, refusals and handshakes are the server's matter."""
 

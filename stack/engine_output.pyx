@@ -15,7 +15,7 @@ from ulnet.stack.engine_core cimport ATTN_RESOLVE, engine, ul_session
 from ulnet.stack.engine_wait cimport helper_wake
 from ulnet.stack.metastate cimport meta_resolve
 from ulnet.stack.neighbour cimport neigh_ask
-from ulnet.stack.tcp cimport TCP_OUT_IOV, tcp_icmp, tcp_out
+from ulnet.stack.tcp cimport TCP_OUT_IOV, tcp_out
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_key, ul_addr
 from ulnet.stack.wire cimport (
     ETH_HEADER_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, IPV4_HEADER_BYTES, arp_emit, arp_pkt, eth_emit, icmp_emit,
@@ -78,10 +78,7 @@ cdef int emit_tcp(void *ctx, void *owner, const tcp_out *out) noexcept nogil:
     cdef ul_session *s = <ul_session *>owner
     cdef int rc = session_route(e, s, &s.flow.raddr)
     if rc < 0:
-        if rc != -EAGAIN:
-            # Nobody answers there (ARP), or no route: as an ICMP error would say.
-            tcp_icmp(&e.env, s.tcp, rc, out.seq, 0)
-        return -EAGAIN
+        return rc                          # -EAGAIN: ARP asks; else nobody answers there, or no route
     return send_tcp(e, &s.flow, s.mac, out, s.ttl, s.tos)
 
 

@@ -215,8 +215,7 @@ class socket(Socket):
             accepted = self._wait_accept(session)
         self._host.accepted(session, accepted)
         sock = _wrap(self._host, accepted, self.proto, Options(self._options), named=True)
-        with contextlib.suppress(OSError):  # it may be dead already; recv() will tell
-            sock._options.apply(accepted)
+        sock._options.apply(accepted)
         return sock, accepted.peer or ("0.0.0.0", 0)
 
     def _wait_accept(self, session: Session) -> Session:
@@ -246,8 +245,8 @@ class socket(Socket):
             return
         try:
             self._host.connect(session, host, port, self._timeout_ns)
-        except BlockingIOError:
-            self._connecting = True
+        except (BlockingIOError, TimeoutError):
+            self._connecting = session.state in _UNCONNECTED and session.ready == 0  # it goes on
             raise
         self._adopt(session, True)
         self._options.apply(session)
@@ -453,7 +452,7 @@ class socket(Socket):
             text += f", raddr={self.getpeername()}"
         return f"{text}>"
 
-    def __getstate__(self) -> object:
+    def __reduce__(self) -> str:
         raise TypeError(f"cannot pickle {type(self).__name__!r} object")
 
 

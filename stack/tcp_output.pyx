@@ -15,7 +15,7 @@ from ulnet.stack.tcp cimport (
 )
 from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_recovery cimport REC_OPEN, tcp_rec_extra_segments
-from ulnet.stack.tcp_timer cimport TCP_RETRY_NS, tcp_arm_persist, tcp_arm_rexmt
+from ulnet.stack.tcp_timer cimport TCP_RETRY_NS, tcp_arm_persist, tcp_arm_rexmt, tcp_done
 
 cdef enum:
     OPT_NOP = 1
@@ -88,7 +88,10 @@ cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out) noexcept nogil:
             pcb.retry_shift += 1
         return r                     # TF_ACK_NOW and snd_nxt stay: the retry starts from the same state
     if r < 0:
-        pcb.soft_error = r           # no route, no neighbour: as if lost on the way, told on a time-out
+        if pcb.state == TCP_SYN_SENT:
+            tcp_done(env, pcb, r)    # no route, no neighbour: connect() is told at once
+            return r
+        pcb.soft_error = r           # later: as if lost on the way, told on a time-out
     pcb.retry_shift = 0
     pcb.timers[TT_RETRY] = INT64_MAX
     pcb.last_send_ns = env.now_ns

@@ -1,6 +1,7 @@
 """The channel tests once more without any privilege: inside a user namespace, where eBPF may not be used."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,8 +54,8 @@ def test_everything_works_in_a_user_namespace(user: int | None) -> None:
         user=user,
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
-    assert " failed" not in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 40, done.stdout[-4000:]
 
 
 def test_without_privilege_there_is_one_clear_line() -> None:

@@ -16,7 +16,7 @@ from sockethosts import B, listening, read_all, running
 from ulnet.stack import socket
 from ulnet.stack.embedded import Embedded
 
-pytest_plugins = ["sockethosts"]
+pytest_plugins = ["socketfixtures"]
 
 
 # -- descriptors -------------------------------------------------------------------------------
@@ -177,6 +177,24 @@ def test_options(hosts: tuple[Embedded, Embedded]) -> None:
         assert caught.value.errno == errno.ENOPROTOOPT
         with pytest.raises(OSError, match="pack"):
             sock.setsockopt(sol, socket.SO_LINGER, 1)
+
+
+def test_options_of_a_connection_wait_for_it(hosts: tuple[Embedded, Embedded]) -> None:
+    with listening(hosts[1]) as listener, socket.socket(host=hosts[0]) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) == 500
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK) == 1
+        sock.connect(listener.getsockname())
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= 500
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(0.05)
+            sock.send(b"corked")
+            with pytest.raises(TimeoutError):
+                server.recv(10)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+            assert server.recv(10) == b"corked"
 
 
 def test_options_are_inherited_and_tcp_info(hosts: tuple[Embedded, Embedded]) -> None:

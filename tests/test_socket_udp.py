@@ -10,7 +10,7 @@ from sockethosts import B
 from ulnet.stack import socket
 from ulnet.stack.embedded import Embedded
 
-pytest_plugins = ["sockethosts"]
+pytest_plugins = ["socketfixtures"]
 
 
 # -- UDP ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from sockethosts import A, B, listening, running
 from ulnet.stack import socket
 from ulnet.stack.embedded import Embedded
 
-pytest_plugins = ["sockethosts"]
+pytest_plugins = ["socketfixtures"]
 
 
 # -- time-outs, signals, threads ---------------------------------------------------------------

@@ -27,7 +27,7 @@ class Resolver:
         return sum(len(answers) for answers in self._waiting.values())
 
     def ask(self, app: Application, address: str, answer: Callable[[int], None]) -> None:
-        """For an application: ``answer`` gets 0 once the neighbour is in the page, or an errno; now, or from ``check``."""
+        """For an application: ``answer`` gets 0 once the neighbour is in the page, or an errno; now, or later."""
         if ipaddress.ip_address(address).version != 4:
             raise Refusal(errno.EAFNOSUPPORT, f"{address} is not an IPv4 address", violation=True)
         found = self._meta.resolve(address)
@@ -47,7 +47,7 @@ class Resolver:
         self._wait(address, count)
 
     def route(self, address: str) -> str | None:
-        """For a connect: the next hop that must be asked for first, None when it is known. ENETUNREACH, EHOSTUNREACH."""
+        """For a connect: the next hop to be asked for first, None when it is known. ENETUNREACH, EHOSTUNREACH."""
         found = self._meta.resolve(address)
         if found.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
             raise Refusal(found.errno, f"{os.strerror(found.errno)}: {address}")

@@ -15,9 +15,9 @@ import logging
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakMethod, WeakValueDictionary
 
 from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
 from ulnet.kernelshim.packet import PacketLink
@@ -112,8 +112,8 @@ class Proxy(Host):
         self.engine = Engine(self.link, meta, library=True, stats=stats, spin_ns=spin_ns)
         self.engine.resolver = self._resolve
         self.engine.on_strays = self._forward_strays
-        self._task.on_server_death(self._server_died)
-        self._task.start_receiver(self._upcall, names=[self._port])
+        self._task.on_server_death(_weakly(self._server_died))
+        self._task.start_receiver(_weakly(self._upcall), names=[self._port])
         self.engine.start_helper()
 
     # -- Host ----------------------------------------------------------------------------------
@@ -277,6 +277,7 @@ class Proxy(Host):
         self.engine.close()
         self._task.close()
         self.link.close()
+        self.engine.resolver = self.engine.on_strays = None  # no circle keeps descriptors open
 
     # -- what the socket layer and tools may ask -----------------------------------------------
 
@@ -513,6 +514,18 @@ class Proxy(Host):
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
             self.shutdown()
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """The method, without keeping its object: what a closed task still refers to must not hold an engine's memory."""
+    reference = WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
 
 
 def _join(path: str) -> Task:

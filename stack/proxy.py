@@ -278,6 +278,9 @@ class Proxy(Host):
         self._task.close()
         self.link.close()
         self.engine.resolver = self.engine.on_strays = None  # no circle keeps descriptors open
+        with _hosts_lock:
+            for key in [key for key, host in _hosts.items() if host is self]:
+                del _hosts[key]
 
     # -- what the socket layer and tools may ask -----------------------------------------------
 

@@ -7,6 +7,10 @@ channels or flows; without, a classic program is replaced at each change of a fl
 Two rules of the kernel shape this file (net/packet/af_packet.c): a leaving member's place is taken by the
 last one; and a member that changes its ring leaves and joins again, which would shift the others. The
 server therefore keeps every ring mapped, and the kernel then refuses such a change.
+
+The group reassembles IPv4 fragments before it selects. Linux does that once for all groups of a network
+namespace, so that only one of several groups there gets a fragmented datagram: one Demux (or embedded
+stack) a namespace, if large datagrams matter.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ import socket as ksocket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,14 +93,21 @@ class App:
 class Hosts(Bed):
     """A Bed whose applications are unprivileged processes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self.apps: list[App] = []
+        # Not pytest's tmp_path: its parents are the owner's alone, and the programs run as nobody.
+        self._temporary = tempfile.TemporaryDirectory(prefix="ulnet-test-")
+        folder = Path(self._temporary.name)
         folder.chmod(0o755)
-        parent = folder.parent  # pytest's own folders are for the owner only; others must reach the server's socket
-        while parent != Path("/") and parent.stat().st_uid == os.geteuid() and parent != Path("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o011)
-            parent = parent.parent
-        super().__init__(folder)
+        try:
+            super().__init__(folder)
+        except BaseException:
+            self._temporary.cleanup()
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self._temporary.cleanup()
 
     def app(self) -> App:
         app = App(self)

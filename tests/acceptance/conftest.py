@@ -11,12 +11,12 @@ from ulnet.kernelshim.testbed import can_testbed
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+def served() -> Iterator[Hosts]:
     """One server for a file of tests."""
     reason = can_testbed()
     if reason is not None:
         pytest.skip(reason)
-    hosts = Hosts(tmp_path_factory.mktemp("hosts"))
+    hosts = Hosts()
     yield hosts
     hosts.close()
 

@@ -505,6 +505,8 @@ cdef class Endpoint:
     def drain(self, *, close: bool = False) -> None:
         """Read everything into ``received`` until the end of file; then close, when nothing is left to pour."""
         self.live()
+        if self.listening and self.pcb.state == TCP_CLOSED and self.pcb.flags & TF_OPENED:
+            self.make_pcb()              # the next connection's data, not the end of the last one
         self.draining = True
         self.drain_close = close
         self.finished = None

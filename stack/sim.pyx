@@ -301,6 +301,8 @@ cdef class Endpoint:
                        s.ts_val if s.has_ts else None, s.ts_ecr if s.has_ts else None, s.seq, s.ack)
 
     cdef void slot_free(self, uint32_t slot):
+        if self.slots is None:
+            return                       # the garbage collector was here
         left = self.slots.get(slot)
         if left is None:
             raise AssertionError(f"{self.name}: slot {slot} released but not held (seed {self.sim.seed})")

@@ -67,10 +67,8 @@ cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out) noexcept nogil:
             field = wnd if wnd < 0xFFFF else 0xFFFF            # RFC 7323 2.2: never scaled
             wnd = field
         else:
-            # Rounded up where rounding down would take back what was announced.
+            # Rounded down, as RFC 7323 2.4 allows: rcv_adv keeps what was announced, and we honour it.
             field = wnd >> pcb.rcv_wscale
-            if (field << pcb.rcv_wscale) < pcb.rcv_adv - pcb.rcv_nxt:
-                field += 1
             if field > 0xFFFF:
                 field = 0xFFFF
             wnd = field << pcb.rcv_wscale

@@ -100,7 +100,7 @@ class Map:
         except FileNotFoundError:
             raise KeyError(key) from None
 
-    def keys(self) -> list[bytes]:
+    def every_key(self) -> list[bytes]:
         """Every key, for inspection."""
         found: list[bytes] = []
         following = ctypes.create_string_buffer(self.key_bytes)

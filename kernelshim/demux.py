@@ -9,11 +9,13 @@ last one; and a member that changes its ring leaves and joins again, which would
 server therefore keeps every ring mapped, and the kernel then refuses such a change.
 """
 
+import contextlib
 import errno
 import mmap
 import os
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from ipaddress import IPv4Address
 from types import MappingProxyType, TracebackType
@@ -49,6 +51,8 @@ __all__ = ["Demux", "Flow"]
 
 DEFAULT_MAX_CHANNELS = 4096
 _MAX_FLOWS = 1 << 20
+_VNET_BYTES = 10  # struct virtio_net_hdr, before each frame that a PACKET_VNET_HDR socket sends
+_PROBE_SECONDS = 0.05  # probes are answered within the send call, or after a little when the processor is busy
 _PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
 
@@ -112,6 +116,7 @@ class Demux:
         self._server_interface = server_interface
         self._flow_map: bpf.Map | None = None
         self._slot_map: bpf.Map | None = None
+        self._place_map: bpf.Map | None = None
         try:
             self._open_maps()
             # With DEFRAG every member reassembles; the reject socket stands first and never leaves.
@@ -143,6 +148,7 @@ class Demux:
         try:
             self._flow_map = bpf.Hash(filters.KEY_BYTES, 4, _MAX_FLOWS)
             self._slot_map = bpf.Array(4, self._max_channels + 1)
+            self._place_map = bpf.Array(filters.PROBE_BYTES, self._max_channels + 1)
             self._slot_map.update(struct.pack("=I", filters.SERVER_CHANNEL), struct.pack("=I", filters.SERVER_INDEX))
             self._selector = bpf.load_socket_filter(
                 filters.extended_selector(self.place, self._flow_map, self._slot_map)
@@ -203,10 +209,11 @@ class Demux:
         ring = NO_RING if interface == "ipc" else ring_for(slots)
 
         def attach(sock: socket.socket) -> None:
-            if self._flow_map is None:
+            if self._flow_map is None or self._place_map is None:
                 attach_classic(sock, filters.classic_channel_filter(self.place))
             else:
-                attach_extended(sock, filters.extended_channel_filter(self.place, self._flow_map, channel_id))
+                program = filters.extended_channel_filter(self.place, self._flow_map, self._place_map, channel_id)
+                attach_extended(sock, program)
 
         sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id), join=self._join)
         try:
@@ -262,18 +269,50 @@ class Demux:
         if not leaving:
             return 0
         living = _living_inodes()
-        for member in leaving:
-            if member.inode in living:
-                continue
+        gone = [member for member in leaving if member.inode not in living]
+        for member in gone:
             at = self._order.index(member)
             last = self._order.pop()
             if last is not member:
                 self._order[at] = last
             del self._members[member.channel_id]
-        for at, member in enumerate(self._order):
-            self._show(member, at, publish=False)
-        self._publish()
-        return sum(member.sock is None for member in self._order)
+        if len(gone) > 1:
+            # Unseen, so nobody knows which left first, and the places of the others depend on it.
+            self._find_places()
+        # Also when none is gone: close_channel() has announced a move that did not happen.
+        changed = [self._show(member, at, publish=False) for at, member in enumerate(self._order)]
+        if any(changed) or gone:
+            self._publish()
+        return len(leaving) - len(gone)
+
+    def _find_places(self) -> None:
+        """Ask the channels themselves where they stand, with a probe to each place of the group.
+
+        Without eBPF, or with the loopback device down, nobody answers, and the order assumed so far stays.
+        """
+        if self._place_map is None:
+            return
+        nonce = os.urandom(filters.PROBE_BYTES - 4)
+        first = filters.SERVER_INDEX + 1
+        head = bytes(_VNET_BYTES + 12) + struct.pack("!H", filters.PROBE_ETHERTYPE)
+        for index in range(first, first + len(self._order)):
+            frame = head + struct.pack("=I", index) + nonce
+            with contextlib.suppress(OSError):
+                self._reject.sendto(frame.ljust(_VNET_BYTES + 60, b"\0"), ("lo", filters.PROBE_ETHERTYPE))
+        until = time.monotonic() + _PROBE_SECONDS
+        while True:
+            answers = {
+                struct.unpack_from("=I", answer)[0] - first: member
+                for member in self._order
+                if (answer := self._place_map.lookup(struct.pack("=I", member.channel_id))) is not None
+                and answer[4:] == nonce
+            }
+            if len(answers) == len(self._order):
+                self._order = [answers[at] for at in sorted(answers)]
+                return
+            if time.monotonic() > until:
+                return
+            time.sleep(0.001)
 
     def channels(self) -> list[int]:
         """Ids of the channels that exist, those that wait for a last holder included."""
@@ -285,16 +324,17 @@ class Demux:
         except KeyError:
             raise ValueError(f"there is no channel {channel_id}") from None
 
-    def _show(self, member: _Member, at: int, *, publish: bool = True) -> None:
-        """Tell the selector at which place of ``_order`` a channel's socket stands."""
+    def _show(self, member: _Member, at: int, *, publish: bool = True) -> bool:
+        """Tell the selector at which place of ``_order`` a channel's socket stands; False when it knew."""
         index = at + filters.SERVER_INDEX + 1
         if member.index == index:
-            return
+            return False
         member.index = index
         if self._slot_map is not None:
             self._slot_map.update(struct.pack("=I", member.channel_id), struct.pack("=I", index))
         elif publish:
             self._publish()
+        return True
 
     # ---- flows ----
 
@@ -390,10 +430,10 @@ class Demux:
         for sock in reversed(self._sockets):
             sock.close()
         self._sockets.clear()
-        for table in (self._flow_map, self._slot_map):
+        for table in (self._flow_map, self._slot_map, self._place_map):
             if table is not None:
                 table.close()
-        self._flow_map = self._slot_map = None
+        self._flow_map = self._slot_map = self._place_map = None
 
     def __enter__(self) -> Self:
         return self

@@ -34,12 +34,17 @@ _ACCEPT = 0x7FFFFFFF  # a socket filter returns how many bytes to keep
 _HOST, _BROADCAST = 0, 1  # linux/if_packet.h: PACKET_HOST, PACKET_BROADCAST
 _ETH_P_IP, _ETH_P_ARP = 0x0800, 0x0806
 _ICMP, _TCP, _UDP = 1, 6, 17
+# A probe: over the loopback device, this ethertype, then an index (native u32) and a nonce of 8 bytes. The
+# selector sends it to that index; the channel there leaves its 12 bytes in the places map. It tells the server
+# where a channel stands in the group, which the kernel does not.
+PROBE_ETHERTYPE = 0x88B5  # IEEE 802: local experimental
+PROBE_BYTES = 12
 _ICMP_ERRORS = (3, 11, 12)  # RFC 792: destination unreachable, time exceeded, parameter problem
 _NOT_WHOLE = 0x3FFF  # IPv4: more fragments, or an offset
 
 # struct __sk_buff (linux/bpf.h)
 _SKB_PKT_TYPE, _SKB_PROTOCOL, _SKB_VLAN_PRESENT, _SKB_IFINDEX = 4, 16, 20, 40
-_MAP_LOOKUP_ELEM, _SKB_LOAD_BYTES_RELATIVE, _HDR_START_NET = 1, 68, 1
+_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _SKB_LOAD_BYTES_RELATIVE, _HDR_START_NET = 1, 2, 68, 1
 
 # Key of the flow map: raddr 16, laddr 16, rport, lport (big-endian), protocol, 3 zero bytes. IPv4 addresses as
 # ::ffff:a.b.c.d; no remote (unconnected UDP) is all zero.
@@ -191,10 +196,10 @@ def _only_ours(p: ExtendedProgram, place: Place, broadcast: bool) -> None:
     p.label("ours")
 
 
-def _only_to(p: ExtendedProgram, place: Place) -> None:
-    """Jump to ``drop`` unless it is IPv4 to our address."""
+def _only_to(p: ExtendedProgram, place: Place, otherwise: str = "drop") -> None:
+    """Jump to ``drop`` unless it is to our address; to ``otherwise`` unless it is IPv4."""
     p.load(4, 1, 6, _SKB_PROTOCOL)
-    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "drop")
+    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), otherwise)
     p.alu("mov", 2, 16)
     _load_bytes(p, _AT_IP, 4, "drop")
     p.load(4, 1, p.fp, _AT_IP)
@@ -211,6 +216,16 @@ def _jump_unless_address(p: ExtendedProgram, register: int, place: Place) -> Non
     p.jump_if("ne", register, value >> 16, "drop")
 
 
+def _load_probe(p: ExtendedProgram, place: Place) -> None:
+    """Put a probe's bytes on the stack; jump to ``unknown`` when it is none."""
+    p.load(4, 1, 6, _SKB_PROTOCOL)
+    p.jump_if("ne", 1, socket.htons(PROBE_ETHERTYPE), "unknown")
+    p.load(4, 1, 6, _SKB_IFINDEX)
+    p.jump_if("ne", 1, place.loopback_ifindex, "unknown")
+    p.alu("mov", 2, 0)
+    _load_bytes(p, _AT_IP, PROBE_BYTES)
+
+
 def extended_selector(place: Place, flows: Map, slots: Map) -> ExtendedProgram:
     """Fanout: the index of the channel that owns the packet's flow; else the server's."""
     p = ExtendedProgram()
@@ -221,7 +236,7 @@ def extended_selector(place: Place, flows: Map, slots: Map) -> ExtendedProgram:
     p.exit(REJECT_INDEX)
     p.label("device")
     p.load(4, 1, 6, _SKB_PROTOCOL)
-    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "unknown")
+    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "not IPv4")
     _find_flow(p, flows)
     p.load(4, 1, 0, 0)
     p.store(4, p.fp, _AT_INDEX, 1)
@@ -229,21 +244,35 @@ def extended_selector(place: Place, flows: Map, slots: Map) -> ExtendedProgram:
     p.jump_if("eq", 0, 0, "unknown")
     p.load(4, 0, 0, 0)
     p.exit()
+    p.label("not IPv4")
+    _load_probe(p, place)
+    p.load(4, 0, p.fp, _AT_IP)
+    p.exit()
     p.label("unknown")
     p.exit(SERVER_INDEX)
     return p
 
 
-def extended_channel_filter(place: Place, flows: Map, channel_id: int) -> ExtendedProgram:
-    """Whole packets of the flows that belong to this channel; nothing else."""
+def extended_channel_filter(place: Place, flows: Map, places: Map, channel_id: int) -> ExtendedProgram:
+    """Whole packets of the flows that belong to this channel; nothing else. Answers probes, and drops them."""
     p = ExtendedProgram()
     p.alu_reg("mov", 6, 1)
     _only_ours(p, place, broadcast=False)
-    _only_to(p, place)
+    _only_to(p, place, "not IPv4")
     _find_flow(p, flows)
     p.load(4, 1, 0, 0)
     p.jump_if("ne", 1, channel_id, "drop")
     p.exit(_ACCEPT)
+    p.label("not IPv4")
+    _load_probe(p, place)
+    p.store_imm(4, p.fp, _AT_INDEX, channel_id)
+    p.load_map(1, places)
+    p.alu_reg("mov", 2, p.fp)
+    p.alu("add", 2, _AT_INDEX)
+    p.alu_reg("mov", 3, p.fp)
+    p.alu("add", 3, _AT_IP)
+    p.alu("mov", 4, 0)
+    p.call(_MAP_UPDATE_ELEM)
     p.label("unknown")
     p.label("drop")
     p.exit(0)

@@ -88,7 +88,7 @@ class Calls:
                 self._reply_json(message, report.sessions(self.table, self.applications.values()))
             elif message.id == p.Call.COUNTERS:
                 self._reply_json(message, self._all_counters())
-            elif message.id == p.Call.ATTACH:
+            elif isinstance(record, p.Attach):
                 self._attach(sender, record, message)
             else:
                 app = self.applications.get(sender.task)
@@ -98,7 +98,7 @@ class Calls:
         except p.ProtocolError as error:
             self._refuse(message, sender, session, errno.EPROTO, str(error), violation=True)
         except Refusal as error:
-            self._refuse(message, sender, session, error.errno or 0, error.strerror, violation=error.violation)
+            self._refuse(message, sender, session, error.errno or 0, error.strerror or "", violation=error.violation)
         except MachError as error:
             self.counters["replies_lost"] += 1  # it died, or does not read
             log.debug("call %d of pid %d: %s", message.id, sender.pid, error)

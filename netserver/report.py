@@ -7,7 +7,6 @@ from typing import Any
 
 from ulnet.netserver.records import PROTOCOL_NAMES, TCP, UDP, Application, Place, SessionRecord
 from ulnet.netserver.sessions import SessionTable
-from ulnet.stack.engine import Session
 
 # RFC 9293 (3.3.2), in the order of tcp_stat.state
 STATES = (
@@ -33,17 +32,16 @@ def sessions(table: SessionTable, applications: Iterable[Application]) -> list[d
         for last in app.stats.records():
             record = app.sessions.get(last.session_id)
             if record is not None and record.place is Place.APPLICATION:
-                figures = last._asdict() | {"state": STATES[last.state] if last.state < len(STATES) else "?"}
-                _fill(rows[record.number], figures, record.protocol)
+                state = STATES[last.state] if last.state < len(STATES) else "?"
+                _fill(rows[record.number], last._asdict() | {"state": state}, record.protocol)
     others = []
-    for session in table.engine.sessions():
-        figures: dict[str, Any] = session if isinstance(session, dict) else _figures(session)
-        row = rows.get(figures.get("session_id", 0))
+    for figures in table.engine.sessions():
+        row = rows.get(figures["session_id"])
         if row is not None:
             _fill(row, figures, TCP)
-        elif figures.get("state") != "FOREIGN":
+        else:
             # Handshakes under way and established sessions that wait for a listener's credit.
-            others.append(_foreign_row(figures))
+            others.append(_unrecorded(figures))
     return [*rows.values(), *others]
 
 
@@ -68,24 +66,12 @@ def _row(record: SessionRecord) -> dict[str, Any]:
     }
 
 
-def _figures(session: Session) -> dict[str, Any]:
-    figures: dict[str, Any] = dict(session.stat()) if session.live else {}
-    peer = session.peer
-    return figures | {
-        "session_id": session.session_id,
-        "state": session.state,
-        "proto": session.kind,
-        "local": session.local,
-        "remote": peer,
-    }
-
-
-def _foreign_row(figures: dict[str, Any]) -> dict[str, Any]:
+def _unrecorded(figures: dict[str, Any]) -> dict[str, Any]:
     row = {
-        "id": figures.get("session_id", 0),
-        "proto": PROTOCOL_NAMES.get(figures.get("proto", TCP), "tcp"),
-        "local": _endpoint(figures.get("local")),
-        "remote": _endpoint(figures.get("remote") or figures.get("peer")),
+        "id": 0,
+        "proto": figures["proto"],
+        "local": _endpoint(figures["local"]),
+        "remote": _endpoint(figures["remote"]),
         "state": "?",
         "owner": None,
         "place": Place.SERVER.value,
@@ -103,5 +89,5 @@ def _fill(row: dict[str, Any], figures: dict[str, Any], protocol: int) -> None:
         row["state"] = figures["state"]
 
 
-def _endpoint(value: Any) -> str | None:
-    return f"{value[0]}:{value[1]}" if isinstance(value, tuple) else value
+def _endpoint(value: tuple[str, int] | None) -> str | None:
+    return f"{value[0]}:{value[1]}" if value else None

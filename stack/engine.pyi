@@ -129,8 +129,8 @@ class Engine:
         """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
         frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
     def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None: ...
-    def import_session(self, session: Session, state: bytes, session_id: int) -> None: ...
-    def deliver(self, listener: Session, state: bytes, session_id: int) -> None:
+    def import_session(self, session: Session, state: bytes | bytearray | memoryview, session_id: int) -> None: ...
+    def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
         """Import an accepted session into a listener's queue (library; the server did the handshake)."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
         """Library: a listener whose connections arrive by deliver()."""
@@ -142,6 +142,6 @@ class Engine:
         """Server: a flow handed out earlier (restart)."""
     def interrupt(self) -> None:
         """Wake every waiter once (they re-check)."""
-    def sessions(self) -> list[Session | dict[str, Any]]: ...
+    def sessions(self) -> list[dict[str, Any]]: ...
     def counters(self) -> dict[str, int]:
         """Everything counted: frames, drops by reason, TCP, UDP, ICMP, ARP, buffers, system calls."""

@@ -1,6 +1,7 @@
 """IPv4 reassembly (RFC 791 section 3.2, RFC 815): fragments in an ordered list for each datagram, bounded in time and memory.
 
-Call order: ip_reass_input for each fragment; ip_reass_timers when ip_reass_deadline has passed.
+Call order: ip_reass_input for each fragment; ip_reass_timers when ip_reass_deadline has passed, then ip_reass_expired
+until it answers 0.
 Overlaps end the datagram and whatever else comes of it (RFC 5722 section 4, RFC 1858: they only serve to slip something
 past a filter); a true duplicate is ignored, as RFC 8200 section 4.5 allows. The oldest datagrams make room for new ones.
 """
@@ -11,13 +12,17 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
 from ulnet.stack.types cimport addr_equal, ul_addr
-from ulnet.stack.wire cimport WIRE_OK, ipv4_parse
+from ulnet.stack.wire cimport IPV4_HEADER_BYTES, WIRE_OK, ipv4_emit, ipv4_parse
 
 cdef enum:
     MEMORY_MAX_BYTES = 4194304       # all fragments and their bookkeeping; Linux's ipfrag_high_thresh
     DATAGRAMS_MAX = 256
     PIECES_MAX = 512                 # of one datagram; 65,535 bytes at the usual smallest MTU of 576 take 119
     IP_TOTAL_MAX = 65535
+    EXPIRED_MAX = 8                  # complaints remembered; their rate is limited by whoever sends them
+    QUOTE_BYTES = 28
+    IP_MF = 0x2000
+    IP_DF = 0x4000
 
 cdef int64_t TIMEOUT_NS = 30 * <int64_t>1000000000     # Linux's ipfrag_time; differs: RFC 1122 3.3.2 says 60 to 120 s
 
@@ -45,10 +50,17 @@ ctypedef struct datagram:
     uint8_t tos
     uint8_t dont_fragment
 
+ctypedef struct expired:
+    ul_addr src
+    ul_addr dst
+    uint8_t quote[QUOTE_BYTES]
+
 ctypedef struct datagrams:           # in order of arrival, which is also that of the deadlines
     datagram *head
     datagram *tail
     uint32_t count
+    uint32_t expired_count
+    expired late[EXPIRED_MAX]
 
 
 cdef ip_reass *ip_reass_new() noexcept nogil:
@@ -279,7 +291,34 @@ cdef void ip_reass_timers(ip_reass *r, int64_t now_ns) noexcept nogil:
     while t.head != NULL and t.head.deadline_ns <= now_ns:
         if not t.head.refused:
             r.timeouts += 1
+            remember_expired(t, t.head)
         drop_datagram(r, t.head, NULL)
+
+
+cdef void remember_expired(datagrams *t, const datagram *d) noexcept nogil:
+    cdef expired *x
+    # Nobody is told about a datagram whose first fragment, with the ports, is not here.
+    if d.first == NULL or d.first.off or d.first.n < 8 or t.expired_count == EXPIRED_MAX:
+        return
+    x = &t.late[t.expired_count]
+    t.expired_count += 1
+    x.src = d.src
+    x.dst = d.dst
+    # The header as it came but for its options, which nobody needs to find the sender's session.
+    ipv4_emit(x.quote, &d.src, &d.dst, d.proto, IPV4_HEADER_BYTES + d.first.n, d.ident,
+              IP_MF | (IP_DF if d.dont_fragment else 0), d.ttl, d.tos)
+    memcpy(x.quote + IPV4_HEADER_BYTES, d.first + 1, 8)
+
+
+cdef uint32_t ip_reass_expired(ip_reass *r, uint8_t *quote28, ul_addr *src, ul_addr *dst) noexcept nogil:
+    cdef datagrams *t = <datagrams *>r.table
+    if t.expired_count == 0:
+        return 0
+    t.expired_count -= 1
+    src[0] = t.late[t.expired_count].src
+    dst[0] = t.late[t.expired_count].dst
+    memcpy(quote28, t.late[t.expired_count].quote, QUOTE_BYTES)
+    return QUOTE_BYTES
 
 
 # ---- The Python face ----
@@ -319,6 +358,12 @@ cdef class Reassembler:
 
     def timers(self, int64_t now_ns) -> None:
         ip_reass_timers(self.r, now_ns)
+
+    def expired(self) -> bytes | None:
+        """The IP header and 8 bytes to send back as ICMP Time Exceeded (code 1) for a datagram that timed out, or None."""
+        cdef uint8_t quote[QUOTE_BYTES]
+        cdef ul_addr src, dst
+        return quote[:QUOTE_BYTES] if ip_reass_expired(self.r, quote, &src, &dst) else None
 
     @property
     def deadline(self) -> int | None:

@@ -53,7 +53,9 @@ class Tcp(NamedTuple):
     @property
     def flag_names(self) -> str:
         """The flags as tcpdump's letters: ``S``, ``S.``, ``.``, ``P.``, ``F.``, ``R`` and so on."""
-        return "".join(c for bit, c in ((2, "S"), (1, "F"), (4, "R"), (8, "P"), (32, "U"), (16, ".")) if self.flags & bit)
+        return "".join(
+            c for bit, c in ((2, "S"), (1, "F"), (4, "R"), (8, "P"), (32, "U"), (16, ".")) if self.flags & bit
+        )
 
 
 class Udp(NamedTuple):

@@ -82,7 +82,3 @@ cdef int meta_neigh_set(meta_page *m, const ul_addr *addr, const uint8_t *mac, u
 cdef bint meta_neigh_remove(meta_page *m, const ul_addr *addr) noexcept nogil
 # The writer's own look: NEIGH_FREE when unknown; mac may be NULL.
 cdef uint8_t meta_neigh_get(const meta_page *m, const ul_addr *addr, uint8_t *mac) noexcept nogil
-
-# Text and addresses, for every Python face of the stack. ValueError names the bad text.
-cdef int addr_from_text(object text, ul_addr *out) except -1
-cdef str addr_to_text(const ul_addr *a)

@@ -8,12 +8,15 @@ seen at the next packet. Call order: ``create`` in the server, pass ``fd``, ``op
 
 import fcntl
 import os
-import socket
 from typing import NamedTuple
 
 from libc.errno cimport EAGAIN, EHOSTUNREACH, ENETUNREACH, ENOBUFS, errno
 from libc.string cimport memcmp, memcpy, memmove, memset
-from ulnet.stack.types cimport addr_equal, addr_from_ipv4, addr_is_zero
+from ulnet.stack.address cimport (
+    addr_from_text, addr_is_ipv4, addr_never_unicast, addr_to_text, addr_word, mac_from_bytes, network_text,
+    prefix_covers, prefix_narrow, prefix_wide,
+)
+from ulnet.stack.types cimport addr_equal, addr_is_zero
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t n, int prot, int flags, int fd, long offset)
@@ -41,15 +44,11 @@ cdef enum:
     META_VERSION = 1
     READ_TRIES = 64              # a reader repeats only while a running writer changes the page again and again
     NONE = META_NEIGHBOURS       # no slot
-    V4_PREFIX_BITS = 96          # ::ffff:0:0/96 holds IPv4 (RFC 4291 2.5.5.2)
     MTU_MIN_BYTES = 68           # RFC 791 (3.2): every module forwards 68 bytes
     MTU_MAX_BYTES = 65535        # RFC 791 (3.1): total length has 16 bits
 
-cdef int F_ADD_SEALS = fcntl.F_ADD_SEALS
-cdef int F_GET_SEALS = fcntl.F_GET_SEALS
 cdef int SEALS_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-cdef int SEAL_FUTURE_WRITE = 0x0010          # linux/fcntl.h, since 5.1; the fcntl module lacks it before 3.15
-cdef int SEAL_SEAL = fcntl.F_SEAL_SEAL
+cdef int SEAL_FUTURE_WRITE = 0x0010          # linux/fcntl.h, since 5.1; older fcntl modules lack the name
 
 # Every reader and writer maps the same layout: a compiler that pads otherwise must not get far.
 if META_NEIGHBOURS != 1 << 10 or sizeof(meta_route) != 40 or sizeof(meta_neighbour) != 24 or sizeof(meta_page) % 8:
@@ -62,34 +61,11 @@ for _kind in (Route, Neighbour, Resolution):
     _kind.__module__ = __name__
 
 
-# --- addresses -------------------------------------------------------------------------------------------
-
-cdef inline bint is_ipv4(const ul_addr *a) noexcept nogil:
-    return (<const uint64_t *>a.b)[0] == 0 and a.b[8] == 0 and a.b[9] == 0 and a.b[10] == 0xFF and a.b[11] == 0xFF
-
-
-cdef inline bint prefix_covers(const ul_addr *net, int bits, const ul_addr *a) noexcept nogil:
-    cdef int whole
-    if bits > 128:
-        bits = 128
-    whole = bits >> 3
-    if memcmp(net.b, a.b, whole) != 0:
-        return False
-    return not bits & 7 or (net.b[whole] ^ a.b[whole]) >> (8 - (bits & 7)) == 0
-
-
-cdef bint never_unicast(const ul_addr *a) noexcept nogil:
-    """Destinations that no packet leaves this host for: RFC 1122 (3.2.1.3), RFC 6890; multicast has no path yet."""
-    if is_ipv4(a):
-        return a.b[12] == 0 or a.b[12] == 127 or a.b[12] >= 224
-    if a.b[0] == 0xFF:
-        return True
-    return (<const uint64_t *>a.b)[0] == 0 and memcmp(&a.b[8], b"\0\0\0\0\0\0\0", 7) == 0 and a.b[15] <= 1
-
+# --- reading ---------------------------------------------------------------------------------------------
 
 cdef bint is_subnet_broadcast(const meta_page *m, const ul_addr *a) noexcept nogil:
     cdef int i, bits = m.prefix_len
-    if not is_ipv4(a) or bits > 126:         # RFC 3021: a /31 has no broadcast address
+    if not addr_is_ipv4(a) or bits > 126:         # RFC 3021: a /31 has no broadcast address
         return False
     for i in range(bits >> 3, 16):
         if a.b[i] | (<uint8_t>(0xFF << (8 - (bits & 7))) if i == bits >> 3 else 0) != 0xFF:
@@ -97,36 +73,12 @@ cdef bint is_subnet_broadcast(const meta_page *m, const ul_addr *a) noexcept nog
     return prefix_covers(&m.addr, bits, a)
 
 
-cdef int addr_from_text(object text, ul_addr *out) except -1:
-    cdef bytes raw
-    if not isinstance(text, str):
-        raise TypeError(f"an address is a str such as '10.0.0.1', not {type(text).__name__}")
-    try:
-        if ":" in text:
-            raw = socket.inet_pton(socket.AF_INET6, text)
-            memcpy(out.b, <const uint8_t *>raw, 16)
-        else:
-            raw = socket.inet_pton(socket.AF_INET, text)
-            addr_from_ipv4(out, <const uint8_t *>raw)
-    except (OSError, ValueError):
-        raise ValueError(f"{text!r} is not an IP address: write it like 10.0.0.1") from None
-    return 0
-
-
-cdef str addr_to_text(const ul_addr *a):
-    if is_ipv4(a):
-        return f"{a.b[12]}.{a.b[13]}.{a.b[14]}.{a.b[15]}"
-    return socket.inet_ntop(socket.AF_INET6, (<const char *>a.b)[:16])
-
-
-# --- reading ---------------------------------------------------------------------------------------------
-
 cdef inline uint32_t neigh_home(const meta_page *m, const ul_addr *a) noexcept nogil:
     # A product's high bits depend on every bit below: fold each word first, as the last byte of an IPv4 address
     # stands at the very top of its word.
-    cdef uint64_t h = m.hash_seed ^ (<const uint64_t *>a.b)[0]
+    cdef uint64_t h = m.hash_seed ^ addr_word(a, 0)
     h = (h ^ (h >> 32)) * <uint64_t>0xFF51AFD7ED558CCD
-    h ^= (<const uint64_t *>a.b)[1]
+    h ^= addr_word(a, 1)
     h = (h ^ (h >> 32)) * <uint64_t>0xC4CEB9FE1A85EC53
     h = (h ^ (h >> 32)) * <uint64_t>0x9E3779B97F4A7C15   # once more: neighbours in number are not to be so in the table
     return <uint32_t>(h >> 54)               # ten bits: 0..META_NEIGHBOURS - 1
@@ -148,7 +100,8 @@ cdef int lookup(const meta_page *m, const meta_tables *t, const ul_addr *dst, ui
                 uint32_t *mtu_bytes) noexcept nogil:
     cdef const meta_route *r
     cdef const meta_neighbour *e
-    cdef uint32_t i, slot
+    cdef uint32_t slot
+    cdef int i
     for i in range(META_ROUTES):
         r = &t.routes[i]
         if not r.used:
@@ -177,7 +130,7 @@ cdef int meta_resolve(const meta_page *m, const ul_addr *dst, uint8_t *mac, ul_a
     if addr_equal(dst, &m.addr):
         memset(mac, 0, 6)
         return 0
-    if never_unicast(dst):
+    if addr_never_unicast(dst):
         memset(next_hop, 0, sizeof(ul_addr))
         return -ENETUNREACH
     if is_subnet_broadcast(m, dst):
@@ -331,32 +284,8 @@ cdef uint8_t meta_neigh_get(const meta_page *m, const ul_addr *addr, uint8_t *ma
 
 # --- Python face -----------------------------------------------------------------------------------------
 
-cdef int wide_prefix(const ul_addr *a, object prefix_len) except -1:
-    """Prefix length of the 128-bit form; ValueError when it does not fit the family."""
-    cdef bint v4 = is_ipv4(a)
-    cdef int limit = 32 if v4 else 128
-    if not isinstance(prefix_len, int) or not 0 <= prefix_len <= limit:
-        raise ValueError(f"prefix length {prefix_len!r} of {addr_to_text(a)} is not within 0..{limit}")
-    return prefix_len + (V4_PREFIX_BITS if v4 else 0)
-
-
-cdef int narrow_prefix(const ul_addr *a, int wide) noexcept:
-    return wide - V4_PREFIX_BITS if is_ipv4(a) and wide >= V4_PREFIX_BITS else wide
-
-
-cdef int read_mac(object mac, uint8_t *out, bint ours) except -1:
-    cdef bytes raw
-    if not isinstance(mac, (bytes, bytearray, memoryview)) or len(mac) != 6:
-        raise ValueError(f"a MAC address is 6 bytes, not {mac!r}")
-    raw = bytes(mac)
-    if raw[0] & 1 or (not ours and not any(raw)):
-        raise ValueError(f"MAC address {raw.hex(':')} is not that of one host")
-    memcpy(out, <const uint8_t *>raw, 6)
-    return 0
-
-
 cdef list snapshot_rows(const meta_page *m, bint want_routes):
-    """Rows of one whole state, oldest code path: repeat while the page changes, then tell so."""
+    """Rows of one whole state."""
     cdef uint64_t generation
     cdef meta_tables copy
     cdef int n, i
@@ -373,12 +302,10 @@ cdef list snapshot_rows(const meta_page *m, bint want_routes):
         for i in range(META_ROUTES):
             if not copy.routes[i].used:
                 break
+            gateway = None if addr_is_zero(&copy.routes[i].gateway) else addr_to_text(&copy.routes[i].gateway)
             rows.append(Route(
-                addr_to_text(&copy.routes[i].dst),
-                narrow_prefix(&copy.routes[i].dst, copy.routes[i].prefix_len),
-                None if addr_is_zero(&copy.routes[i].gateway) else addr_to_text(&copy.routes[i].gateway),
-                copy.routes[i].metric,
-                copy.routes[i].mtu_bytes,
+                addr_to_text(&copy.routes[i].dst), prefix_narrow(&copy.routes[i].dst, copy.routes[i].prefix_len),
+                gateway, copy.routes[i].metric, copy.routes[i].mtu_bytes,
             ))
         return rows
     for i in range(META_NEIGHBOURS):
@@ -434,16 +361,16 @@ cdef class Metastate:
         cdef uint8_t own_mac[6]
         cdef uint8_t wide
         addr_from_text(addr, &own)
-        wide = wide_prefix(&own, prefix_len)
-        read_mac(mac, own_mac, True)
-        if addr_is_zero(&own) or (is_ipv4(&own) and (own.b[12] == 0 or own.b[12] >= 224)) or own.b[0] == 0xFF:
+        wide = prefix_wide(&own, prefix_len)
+        mac_from_bytes(mac, own_mac, True)
+        if addr_is_zero(&own) or (addr_is_ipv4(&own) and (own.b[12] == 0 or own.b[12] >= 224)) or own.b[0] == 0xFF:
             raise ValueError(f"{addr} is not the address of one host")
         if not isinstance(mtu, int) or mtu < MTU_MIN_BYTES:
             raise ValueError(f"MTU {mtu!r} is below the {MTU_MIN_BYTES} bytes that IP needs")
         if shared:
             self.fd = os.memfd_create("ulnet-metastate", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self.fd, sizeof(meta_page))
-            fcntl.fcntl(self.fd, F_ADD_SEALS, SEALS_SIZE)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS_SIZE)
             where = mmap(NULL, sizeof(meta_page), PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
         else:
             where = mmap(NULL, sizeof(meta_page), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
@@ -453,7 +380,7 @@ cdef class Metastate:
         self.writable = True
         if shared:
             # From here on our mapping is the only writable one there can ever be.
-            fcntl.fcntl(self.fd, F_ADD_SEALS, SEAL_FUTURE_WRITE | SEAL_SEAL)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
         self.page.hash_seed = int.from_bytes(os.urandom(8), "little")
         self.page.size_bytes = sizeof(meta_page)
         self.page.mtu_bytes = min(mtu, MTU_MAX_BYTES)
@@ -465,8 +392,8 @@ cdef class Metastate:
             self.page.writer.newest[<int>state] = NONE
         self.page.version = META_VERSION
         self.page.magic = META_MAGIC
-        bits = (32 if is_ipv4(&own) else 128) - prefix_len
-        self.set_route(_network(addr, bits), prefix_len)
+        bits = (32 if addr_is_ipv4(&own) else 128) - prefix_len
+        self.set_route(network_text(addr, bits), prefix_len)
         if gateway is not None:
             self.set_route("::" if ":" in addr else "0.0.0.0", 0, gateway)
         return self
@@ -477,7 +404,7 @@ cdef class Metastate:
         cdef Metastate self = Metastate.__new__(Metastate)
         cdef void *where
         try:
-            seals = fcntl.fcntl(fd, F_GET_SEALS)
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError:
             raise ValueError(f"descriptor {fd} is not a metastate page: not a sealable memory file") from None
         size = os.fstat(fd).st_size
@@ -509,7 +436,7 @@ cdef class Metastate:
 
     @property
     def prefix_len(self) -> int:
-        return narrow_prefix(&self._open().addr, self._open().prefix_len)
+        return prefix_narrow(&self._open().addr, self._open().prefix_len)
 
     @property
     def mac(self) -> bytes:
@@ -537,11 +464,11 @@ cdef class Metastate:
         cdef ul_addr probe
         memset(&new, 0, sizeof(new))
         addr_from_text(dst, &new.dst)
-        new.prefix_len = wide_prefix(&new.dst, prefix_len)
-        bits = (32 if is_ipv4(&new.dst) else 128) - prefix_len
-        addr_from_text(_network(dst, bits), &probe)
+        new.prefix_len = prefix_wide(&new.dst, prefix_len)
+        bits = (32 if addr_is_ipv4(&new.dst) else 128) - prefix_len
+        addr_from_text(network_text(dst, bits), &probe)
         if not addr_equal(&probe, &new.dst):
-            raise ValueError(f"{dst}/{prefix_len} has bits behind its prefix: did you mean {_network(dst, bits)}/{prefix_len}?")
+            raise ValueError(f"{dst}/{prefix_len} has bits behind its prefix: did you mean {network_text(dst, bits)}/{prefix_len}?")
         if not 0 <= metric <= 0xFFFFFFFF:
             raise ValueError(f"route metric {metric} is not within 0..{0xFFFFFFFF}")
         if mtu and not MTU_MIN_BYTES <= mtu <= MTU_MAX_BYTES:
@@ -583,7 +510,7 @@ cdef class Metastate:
         """Whether the best route to `a` has no gateway."""
         cdef const meta_tables *t = &self.page.tables[0]
         cdef int i
-        if never_unicast(a):
+        if addr_never_unicast(a):
             return False
         for i in range(META_ROUTES):
             if not t.routes[i].used:
@@ -598,7 +525,7 @@ cdef class Metastate:
         cdef ul_addr net
         cdef int i, wide, same = -1, count = 0
         addr_from_text(dst, &net)
-        wide = wide_prefix(&net, prefix_len)
+        wide = prefix_wide(&net, prefix_len)
         for i in range(META_ROUTES):
             if not m.tables[0].routes[i].used:
                 break
@@ -627,11 +554,11 @@ cdef class Metastate:
         cdef ul_addr a
         cdef uint8_t raw[6]
         addr_from_text(addr, &a)
-        if never_unicast(&a) or addr_equal(&a, &m.addr):
+        if addr_never_unicast(&a) or addr_equal(&a, &m.addr):
             raise ValueError(f"{addr} is no neighbour: it is our own address or not that of one host")
         memset(raw, 0, 6)
         if mac is not None:
-            read_mac(mac, raw, False)
+            mac_from_bytes(mac, raw, False)
         meta_neigh_set(m, &a, raw, NEIGH_FAILED if mac is None else NEIGH_REACHABLE, True, NULL)
 
     def remove_neighbour(self, addr) -> bool:
@@ -657,31 +584,18 @@ cdef class Metastate:
         cdef int rc
         addr_from_text(addr, &a)
         rc = meta_resolve(m, &a, mac, &hop, &mtu)
-        return Resolution(
-            bytes(mac[:6]) if rc == 0 else None,
-            None if addr_is_zero(&hop) else addr_to_text(&hop),
-            mtu,
-            -rc,
-        )
+        where = None if addr_is_zero(&hop) else addr_to_text(&hop)
+        return Resolution(bytes(mac[:6]) if rc == 0 else None, where, mtu, -rc)
 
     def probe_length(self, addr) -> int:
         """Slots of the neighbour table that a look-up of ``addr`` walks. For tests and tools; below 10 on average."""
         cdef const meta_page *m = self._open()
         cdef const meta_tables *t = &m.tables[meta_generation(m) & 1]
         cdef ul_addr a
-        cdef uint32_t i, home
+        cdef int i, slot
         addr_from_text(addr, &a)
-        home = neigh_home(m, &a)
         for i in range(META_NEIGHBOURS):
-            slot = (home + i) & (META_NEIGHBOURS - 1)
-            if t.neighbours[<uint32_t>slot].state == NEIGH_FREE or addr_equal(&t.neighbours[<uint32_t>slot].addr, &a):
+            slot = (neigh_home(m, &a) + i) & (META_NEIGHBOURS - 1)
+            if t.neighbours[slot].state == NEIGH_FREE or addr_equal(&t.neighbours[slot].addr, &a):
                 return i + 1
         return META_NEIGHBOURS
-
-
-def _network(addr: str, host_bits: int) -> str:
-    """``addr`` with its last ``host_bits`` bits cleared."""
-    family = socket.AF_INET6 if ":" in addr else socket.AF_INET
-    raw = socket.inet_pton(family, addr)
-    value = int.from_bytes(raw, "big") >> host_bits << host_bits
-    return socket.inet_ntop(family, value.to_bytes(len(raw), "big"))

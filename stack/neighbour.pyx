@@ -11,9 +11,9 @@ from libc.errno cimport EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, EHOSTUNREACH, EINVA
 from libc.stdint cimport INT64_MAX, INT64_MIN
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
+from ulnet.stack.address cimport addr_from_text, addr_is_ipv4, addr_to_text, addr_word
 from ulnet.stack.metastate cimport (
-    NEIGH_FAILED, NEIGH_FREE, NEIGH_REACHABLE, addr_from_text, addr_to_text, meta_neigh_get, meta_neigh_remove,
-    meta_neigh_set, meta_resolve,
+    NEIGH_FAILED, NEIGH_FREE, NEIGH_REACHABLE, meta_neigh_get, meta_neigh_remove, meta_neigh_set, meta_resolve,
 )
 from ulnet.stack.types cimport addr_equal, addr_is_zero
 
@@ -83,7 +83,7 @@ cdef void table_reset(neigh_table *t) noexcept nogil:
 
 
 cdef uint32_t chain_of(const neigh_table *t, const ul_addr *a) noexcept nogil:
-    cdef uint64_t h = t.page.hash_seed ^ (<const uint64_t *>a.b)[0] ^ (<const uint64_t *>a.b)[1]
+    cdef uint64_t h = t.page.hash_seed ^ addr_word(a, 0) ^ addr_word(a, 1)
     h = (h ^ (h >> 32)) * <uint64_t>0x9E3779B97F4A7C15   # folded: the high bits must see the address's last byte
     h = (h ^ (h >> 32)) * <uint64_t>0xC4CEB9FE1A85EC53
     return <uint32_t>(h >> 54)               # ten bits: 0..ENTRIES - 1
@@ -240,7 +240,7 @@ cdef int neigh_ask(neigh_table *t, neigh_env *env, const ul_addr *next_hop) noex
         return -EINVAL
     if on_link(t, next_hop, &rc) != 1:
         return -ENETUNREACH
-    if next_hop.b[10] != 0xFF or next_hop.b[11] != 0xFF or (<const uint64_t *>next_hop.b)[0] != 0:
+    if not addr_is_ipv4(next_hop):
         return -EAFNOSUPPORT                 # ARP speaks of IPv4 only
     if rc == 0 or rc == -EHOSTUNREACH:
         return rc

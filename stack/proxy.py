@@ -100,9 +100,12 @@ class Proxy(Host):
             slots=attached.slots,
             slot_bytes=attached.slot_bytes,
         )
-        self.engine = Engine(
-            self.link, Metastate.open(meta_fd), library=True, stats=StatPage.open(stat_fd), spin_ns=spin_ns
-        )
+        try:
+            meta, stats = Metastate.open(meta_fd), StatPage.open(stat_fd, writable=True)
+        finally:
+            os.close(meta_fd)  # mapped; the descriptors served their purpose
+            os.close(stat_fd)
+        self.engine = Engine(self.link, meta, library=True, stats=stats, spin_ns=spin_ns)
         self.engine.resolver = self._resolve
         self.engine.on_strays = self._forward_strays
         self._task.on_server_death(self._server_died)

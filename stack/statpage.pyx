@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from libc.errno cimport errno
 from libc.string cimport memcpy, memset
-from ulnet.stack.metastate cimport addr_to_text
+from ulnet.stack.address cimport addr_to_text
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t n, int prot, int flags, int fd, long offset)

@@ -28,7 +28,7 @@ cdef extern from *:                      # C literals: an enum would make int of
     #define CHALLENGE_WINDOW_NS 5000000000LL
     #define PAWS_IDLE_NS 2073600000000000LL
     """
-    const int64_t CHALLENGE_WINDOW_NS       
+    const int64_t CHALLENGE_WINDOW_NS
     const int64_t PAWS_IDLE_NS               # 24 days: RFC 7323 5.5
 
 cdef enum:

@@ -17,8 +17,8 @@ cdef extern from *:                      # C literals: an enum would make int of
     #define TCP_RETRY_NS 100000LL
     """
     const int64_t TCP_DELACK_NS              # RFC 9293 3.8.6.3 allows 500 ms; 40 as Linux
-    const int64_t TCP_PERSIST_MIN_NS        
-    const int64_t TCP_PERSIST_MAX_NS        
+    const int64_t TCP_PERSIST_MIN_NS
+    const int64_t TCP_PERSIST_MAX_NS
     const int64_t TCP_TIME_WAIT_NS           # 2 MSL with the 30 s everybody uses
     const int64_t TCP_FIN_WAIT_2_NS          # of a connection without a user, as Linux and BSD
     const int64_t TCP_ORPHAN_NS              # without a user and without progress: RFC 9293 3.8.3 (R2 >= 100 s)

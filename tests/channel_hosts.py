@@ -11,6 +11,7 @@ from ipaddress import IPv4Address
 
 import pytest
 from pyroute2 import IPRoute
+
 from ulnet.kernelshim import bpf
 from ulnet.kernelshim.link import Frame, Link
 

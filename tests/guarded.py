@@ -38,7 +38,9 @@ class Guarded:
     def __enter__(self) -> "Guarded":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         page = mmap.PAGESIZE
         for address in (self._base - page, self._base + self.size):
             _libc.mprotect(address, page, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -41,13 +41,16 @@ def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 5.0) -> A
 class Bed:
     """The hosts and one running server; ``close`` ends everything."""
 
+    _count = 0
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = str(folder / "netserver.sock")
         self.testbed = Testbed()
         try:
-            self.a = self.testbed.host("a")
-            self.b = self.testbed.host("b")
+            Bed._count += 1
+            self.a = self.testbed.host(f"a{Bed._count}")
+            self.b = self.testbed.host(f"b{Bed._count}")
             self.testbed.wire(self.a, self.b, b_addr=f"{PEER}/24")
             self.log = folder / "netserver.log"
             self.server = self.start()

@@ -22,6 +22,7 @@ from channel_hosts import (
     udp,
     wire_or_skip,
 )
+
 from ulnet.kernelshim.channel import CHANNEL_MARK, CHANNEL_MARK_MASK, open_embedded
 from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.packet import PacketLink
@@ -285,6 +286,29 @@ def test_a_kept_descriptor_gets_nothing_after_the_close(wire: Wire, demux: Demux
             near.sendto(b"x", (str(OURS), port))
         assert stays.ports(1) == [5001]
         assert last.ports(1) == [5003]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_descriptors_that_vanish_unseen_leave_routing_right(
+    wire: Wire, demux: Demux, server: PacketLink, backwards: bool
+) -> None:
+    """Two kept descriptors go at once: where the kernel put the others depends on which went first."""
+    if not demux.ebpf:
+        pytest.skip("only eBPF can ask the channels where they stand")
+    channels = [Channel(demux) for _ in range(5)]
+    for at, channel in enumerate(channels):
+        demux.add_flow(UDP, OURS, 5001 + at, None, 0, channel.id)
+    kept = channels[:2]
+    assert not any(demux.close_channel(channel.id) for channel in kept)
+    assert demux.sweep() == 2
+    for channel in reversed(kept) if backwards else kept:
+        channel.link.close()
+    assert demux.sweep() == 0
+    with wire.peer.udp() as near:
+        for at, channel in enumerate(channels[2:], 2):
+            near.sendto(b"x", (str(OURS), 5001 + at))
+            assert channel.ports(1) == [5001 + at]
+    assert not drain(server)
 
 
 def test_a_link_flap_changes_nothing(wire: Wire, demux: Demux) -> None:

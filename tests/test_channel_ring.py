@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from channel_hosts import OURS, PEER, Wire, drain, ethernet, ipv4, payload, ports_of, pseudo, total, udp, wire_or_skip
+
 from ulnet.kernelshim.channel import open_embedded, ring_for
 from ulnet.kernelshim.link import (
     FRAME_CSUM_PARTIAL,

@@ -1,12 +1,14 @@
 """The channel tests once more without any privilege: inside a user namespace, where eBPF may not be used."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
 from ulnet.kernelshim import bpf
 
 HERE = Path(__file__).parent
@@ -52,8 +54,8 @@ def test_everything_works_in_a_user_namespace(user: int | None) -> None:
         user=user,
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
-    assert " failed" not in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 40, done.stdout[-4000:]
 
 
 def test_without_privilege_there_is_one_clear_line() -> None:
@@ -82,7 +84,7 @@ def test_bpf_tells_whether_it_may_be_used() -> None:
     if bpf.available():
         table = bpf.Hash(4, 4, 8)
         table.update_batch([(bytes([n, 0, 0, 0]), bytes(4)) for n in range(5)])
-        assert sorted(key[0] for key in table.keys()) == [0, 1, 2, 3, 4]
+        assert sorted(key[0] for key in table.every_key()) == [0, 1, 2, 3, 4]
         table.delete(b"\2\0\0\0")
         assert table.lookup(b"\2\0\0\0") is None and table.lookup(b"\1\0\0\0") == bytes(4)
         with pytest.raises(KeyError):

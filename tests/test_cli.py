@@ -127,7 +127,7 @@ class TestNetserverRefuses:
 def test_serve_and_end(tmp_path: Path) -> None:
     """The ready line, a world-connectable socket, a clean end with status 0, and the address free for the next one."""
     with Testbed() as testbed:
-        a, b = testbed.host("a"), testbed.host("b")
+        a, b = testbed.host("cli_a"), testbed.host("cli_b")
         testbed.wire(a, b, b_addr="10.77.0.2/24")
         path = tmp_path / "sub" / "s"
         for number in (signal.SIGTERM, signal.SIGINT):

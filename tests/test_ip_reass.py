@@ -13,7 +13,9 @@ MF = 0x2000
 S = 1_000_000_000
 
 
-def fragment(payload: bytes, start: int, end: int, ident: int = 1, src: str = "10.0.0.1", proto: int = 17, last: bool = False) -> bytes:
+def fragment(
+    payload: bytes, start: int, end: int, ident: int = 1, src: str = "10.0.0.1", proto: int = 17, last: bool = False
+) -> bytes:
     more = 0 if last or end >= len(payload) else MF
     return build_ipv4(src, "10.0.0.2", proto, payload[start:end], ident=ident, flags_frag=more | start // 8)[14:]
 
@@ -90,6 +92,9 @@ def test_two_ends_are_a_contradiction(r: Reassembler) -> None:
     r2 = Reassembler()
     assert feed(r2, [parts[2], fragment(PAYLOAD + b"more" * 50, 3072, 3200), *parts]) == []
     assert r2.counters()["overlaps"] == 1
+    r3 = Reassembler()
+    assert feed(r3, [parts[1], fragment(PAYLOAD, 0, 1024, last=True), *parts]) == [], "ends before what is here"
+    assert r3.counters()["overlaps"] == 1
 
 
 def test_time_runs_out_after_thirty_seconds_from_the_first_fragment(r: Reassembler) -> None:
@@ -104,6 +109,24 @@ def test_time_runs_out_after_thirty_seconds_from_the_first_fragment(r: Reassembl
     assert r.counters() == {"held_bytes": 0, "timeouts": 1, "overlaps": 0, "overflow": 0, "done": 0}
     assert r.deadline is None
     assert feed(r, [parts[2]], 36 * S) == []
+
+
+def test_the_sender_is_told_if_the_first_fragment_was_here(r: Reassembler) -> None:
+    for ident in range(20):
+        feed(r, cut(PAYLOAD, 1024, ident=ident)[: 2 if ident % 2 else 3][ident % 2 :], 0)
+    feed(r, cut(PAYLOAD, 1024, ident=99)[:1], 0)
+    r.timers(30 * S)
+    quote = r.expired()
+    assert quote is not None and len(quote) == 28
+    assert quote == cut(PAYLOAD, 1024, ident=99)[0][:28]
+    assert r.expired() is None
+
+
+def test_only_so_many_complaints_are_remembered(r: Reassembler) -> None:
+    for ident in range(20):
+        feed(r, cut(PAYLOAD, 1024, ident=ident)[:1], 0)
+    r.timers(30 * S)
+    assert sum(r.expired() is not None for _ in range(20)) == 8
 
 
 def test_a_late_fragment_does_not_meet_its_timed_out_datagram(r: Reassembler) -> None:
@@ -146,7 +169,7 @@ def test_any_cut_in_any_order_with_doubles(payload: bytes, steps: list[int], rnd
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20), st.booleans(), st.integers(0, 2)), max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_whatever_comes_a_result_has_only_bytes_that_came_for_their_place(pieces: list[tuple[int, int, bool, int]]) -> None:
+def test_a_result_has_only_bytes_that_came_for_their_place(pieces: list[tuple[int, int, bool, int]]) -> None:
     r = Reassembler()
     came: dict[int, set[int]] = {}
     for off, units, last, fill in pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import ipaddress
@@ -146,6 +147,28 @@ def test_full_table_evicts_failed_then_oldest() -> None:
     assert meta.resolve(hosts[0]).errno == 0
 
 
+def test_eviction_keeps_its_order_while_entries_move() -> None:
+    """Removals shift entries in the table; who goes next is still the one that failed, or was set, longest ago."""
+    rng = random.Random(11)
+    meta = Metastate.create("10.0.0.1", 8, OUR_MAC, 1500, shared=False)
+    order: dict[str, bytes | None] = {}
+    for _ in range(6000):
+        addr = f"10.1.{rng.randrange(4)}.{rng.randrange(250)}"
+        if order and rng.random() < 0.1:
+            gone = rng.choice(list(order))
+            assert meta.remove_neighbour(gone)
+            del order[gone]
+        mac = None if rng.random() < 0.05 else MAC_B
+        if addr not in order and len(order) == 768:
+            failed = [a for a, m in order.items() if m is None]
+            del order[failed[0] if failed else next(iter(order))]
+        order.pop(addr, None)
+        order[addr] = mac
+        meta.set_neighbour(addr, mac)
+    assert meta.evicted > 500
+    assert {n.addr: n.mac for n in meta.neighbours()} == order
+
+
 def test_generation_changes_with_content_only(meta: Metastate) -> None:
     before = meta.generation
     meta.set_neighbour("10.0.0.7", MAC_B)
@@ -241,6 +264,26 @@ def test_descriptors_are_given_back() -> None:
         Metastate.open(meta.fd)
     del meta
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_writer_stopped_in_the_middle_of_a_change_stops_no_reader() -> None:
+    """The page as such a writer leaves it: generation odd, tables[0] in ruins. tables[1] is the last whole state."""
+    meta = Metastate.create("10.0.0.1", 24, OUR_MAC, 1500, "10.0.0.254")
+    reader = Metastate.open(meta.fd)
+    meta.set_neighbour("10.0.0.7", MAC_B)
+    meta.set_neighbour("10.0.0.254", MAC_GW)
+    routes, neighbours = meta.routes(), meta.neighbours()
+    inode = os.fstat(meta.fd).st_ino
+    with open("/proc/self/maps") as maps:
+        rows = [line.split() for line in maps]
+    (start,) = (int(row[0].split("-")[0], 16) for row in rows if row[4] == str(inode) and row[1] == "rw-s")
+    generation = ctypes.c_uint64.from_address(start + 8)
+    generation.value += 1
+    ctypes.memset(start + 64, 0xA5, 64 * 40 + 1024 * 24)
+    assert reader.generation % 2 == 1
+    assert reader.resolve("10.0.0.7") == (MAC_B, "10.0.0.7", 1500, 0)
+    assert reader.resolve("192.0.2.1") == (MAC_GW, "10.0.0.254", 1500, 0)
+    assert reader.routes() == routes and reader.neighbours() == neighbours
 
 
 WRITER = """

@@ -106,6 +106,14 @@ def test_reuse_port_needs_the_same_user(table: PortTable) -> None:
     table.bind(TCP, "", 5000, now_ns=0, uid=7, reuse_port=True)
 
 
+def test_a_holder_that_shares_both_ways_counts_once(table: PortTable) -> None:
+    table.bind(TCP, A, 5000, now_ns=0, uid=7, reuse_address=True, reuse_port=True)
+    table.bind(TCP, B, 5000, now_ns=0, uid=7)
+    refused(
+        errno.EADDRINUSE, table.bind, TCP, "", 5000, now_ns=0, uid=7, reuse_address=True, reuse_port=True
+    )
+
+
 def pairwise_conflict(new: Name, old: Name) -> bool:
     """Linux's inet_csk_bind_conflict() for one pair, as a sentence."""
     if new.addr != old.addr and "0.0.0.0" not in (new.addr, old.addr):

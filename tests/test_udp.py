@@ -105,7 +105,9 @@ def test_an_empty_queue_takes_a_datagram_beyond_its_limit() -> None:
     assert queue.counters()["dropped_full"] == 1
 
 
-@pytest.mark.parametrize(("total", "size"), [(3000, 1000), (3001, 1000), (999, 1000), (1000, 1000), (60000, 1472), (5, 1)])
+@pytest.mark.parametrize(
+    ("total", "size"), [(3000, 1000), (3001, 1000), (999, 1000), (1000, 1000), (60000, 1472), (5, 1)]
+)
 def test_a_train_is_split_into_its_datagrams(total: int, size: int) -> None:
     link, queue = rig()
     data = os.urandom(total)
@@ -151,7 +153,9 @@ def test_an_icmp_error_is_reported_once_and_before_data() -> None:
     assert queue.read_into(bytearray(10)) == (4, 4, SENDER)
 
 
-@given(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 9000)), max_size=60), st.integers(1000, 60000), st.randoms())
+@given(
+    st.lists(st.one_of(st.integers(0, 300), st.integers(0, 9000)), max_size=60), st.integers(1000, 60000), st.randoms()
+)
 @settings(max_examples=40, deadline=None)
 def test_any_mix_of_sends_and_reads_loses_only_what_it_counts(sizes: list[int], rcvbuf: int, random) -> None:  # type: ignore[no-untyped-def]
     link, queue = rig(rcvbuf)

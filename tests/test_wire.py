@@ -1,4 +1,4 @@
-"""Wire formats: what is written is what the RFCs draw, what is read is checked, and garbage is refused within its bounds."""
+"""Wire formats: what is written is what the RFCs draw; what is read is checked; garbage is refused within bounds."""
 
 import errno
 import struct
@@ -135,7 +135,9 @@ def test_broken_headers_are_refused(frame: bytes, reason: str) -> None:
     refuses(frame, reason)
 
 
-@pytest.mark.parametrize("src", ["0.0.0.0", "0.1.2.3", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "127.0.0.1"])
+@pytest.mark.parametrize(
+    "src", ["0.0.0.0", "0.1.2.3", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "127.0.0.1"]
+)
 def test_no_packet_comes_from_such_an_address(src: str) -> None:
     refuses(build_udp(src, B, 1, 2), "ipv4: address")
 
@@ -166,7 +168,9 @@ def test_other_ethertypes_and_protocols_pass_undescribed() -> None:
 
 def test_arp_stands_as_drawn_and_comes_back() -> None:
     frame = build_arp(1, MAC_A, A, "00:00:00:00:00:00", B)
-    assert frame == bytes.fromhex("ffffffffffff02000000000a0806" "0001080006040001" "02000000000a0a000001" "0000000000000a000002")
+    assert frame == bytes.fromhex(
+        "ffffffffffff02000000000a0806 0001080006040001 02000000000a0a000001 0000000000000a000002"
+    )
     assert parse_frame(frame).arp == (1, MAC_A, A, "00:00:00:00:00:00", B)
     assert parse_frame(build_arp(1, MAC_A, "0.0.0.0", "00:00:00:00:00:00", B)).arp is not None, "a probe, RFC 5227"
 
@@ -466,9 +470,15 @@ def test_random_bytes_stay_within_bounds(guarded: Guarded, data: bytes) -> None:
         survive(guarded, GOOD[:12] + head + data)
 
 
-@given(st.sampled_from(SAMPLES), st.lists(st.tuples(st.integers(14, 120), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 60))
+@given(
+    st.sampled_from(SAMPLES),
+    st.lists(st.tuples(st.integers(14, 120), st.integers(0, 255)), min_size=1, max_size=6),
+    st.integers(0, 60),
+)
 @settings(max_examples=600, deadline=None)
-def test_mutated_frames_stay_within_bounds(guarded: Guarded, sample: bytes, changes: list[tuple[int, int]], cut: int) -> None:
+def test_mutated_frames_stay_within_bounds(
+    guarded: Guarded, sample: bytes, changes: list[tuple[int, int]], cut: int
+) -> None:
     raw = bytearray(sample[: max(34, len(sample) - cut)])
     for at, value in changes:
         raw[min(at, len(raw) - 1)] = value

@@ -1,4 +1,4 @@
-"""The command line: ``ulnet netserver``, ``ulnet sessions``, ``ulnet counters``.
+"""The command line: ``ulnet netserver``, ``ulnet sessions``, ``ulnet counters``, ``ulnet demo``.
 
 Every mistake gives one line on stderr, ``ulnet COMMAND: ...``, and exit status 1 (2: wrong usage).
 """
@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     sessions.set_defaults(run=_sessions)
     counters = commands.add_parser("counters", help="show everything the server counts")
     counters.set_defaults(run=_counters)
+    demo = commands.add_parser("demo", help="the main job on real traffic, on two test hosts made for it")
+    demo.set_defaults(run=_demo)
     for command in (serve, sessions, counters):
         command.add_argument(
             "--socket",
@@ -71,6 +73,8 @@ def _netserver(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for chatty in ("pyroute2", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # they tell every netlink attribute
     path = protocol.server_path(arguments.socket)
     try:
         server = NetServer(
@@ -84,6 +88,12 @@ def _netserver(arguments: argparse.Namespace) -> int:
         server.handle_signals()
         print(f"ulnet: serving {server.address} on {server.interface.name} at {path}", flush=True)
         return server.run()
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from ulnet.demo.run import main as run_demo
+
+    return run_demo()
 
 
 # -- sessions, counters ----------------------------------------------------------------------------

@@ -41,11 +41,11 @@ def expect(condition: bool, failure: str) -> None:
 
 
 def step(number: int, text: str) -> None:
-    console.print(f"[bold]{number}.[/bold] {text}", highlight=False)
+    console.print(f"[bold]{number}.[/bold] {text}", highlight=False, soft_wrap=True)
 
 
 def found(text: str) -> None:
-    console.print(f"   {text}", highlight=False)
+    console.print(f"   {text}", highlight=False, soft_wrap=True)
 
 
 class Application:
@@ -280,8 +280,8 @@ def run_embedded(reason: str) -> None:
     """What needs no privilege at all: the same stack twice in this process, over an in-memory link."""
     from ulnet.demo import embedded
 
-    console.print(f"No two hosts here: {reason}", highlight=False)
-    console.print("Running what needs no privilege: two embedded stacks over an in-memory link.", highlight=False)
+    console.print(f"No two hosts here: {reason}", highlight=False, soft_wrap=True)
+    console.print("Running what needs no privilege: two embedded stacks over an in-memory link.", highlight=False, soft_wrap=True)
     for line in embedded.run(16 << 20):
         found(line)
 
@@ -295,7 +295,7 @@ def main() -> int:
         else:
             run_embedded(reason)
     except (DemoError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        console.print(f"demo: FAILED: {error}", style="bold red", highlight=False)
+        console.print(f"demo: FAILED: {error}", style="bold red", highlight=False, soft_wrap=True)
         return 1
-    console.print("demo: ok", highlight=False)
+    console.print("demo: ok", highlight=False, soft_wrap=True)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ def drop() -> str:
 
     Done after the imports: the interpreter itself may lie where only root can read.
     """
+    codecs.lookup("idna")  # what host names need; imported at first use otherwise
     if os.geteuid() == 0 and _maps_nobody():
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

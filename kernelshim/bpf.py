@@ -39,13 +39,16 @@ _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+_number = _SYSCALL_NUMBERS.get(platform.machine(), -1)  # -1: no such call, ENOSYS
+
+
 def _bpf(command: int, attributes: bytes) -> int:
     """One bpf(2) call; the attributes are the bytes of union bpf_attr. Raises OSError."""
-    number = _SYSCALL_NUMBERS.get(platform.machine())
-    if number is None:
-        raise OSError(errno.ENOSYS, f"bpf(2) is not known for {platform.machine()}")
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    result: int = _libc.syscall(number, command, buffer, len(attributes))
+    return _bpf_at(command, ctypes.create_string_buffer(attributes, len(attributes)))
+
+
+def _bpf_at(command: int, attributes: "ctypes.Array[ctypes.c_char]") -> int:
+    result: int = _libc.syscall(_number, command, attributes, len(attributes))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -61,18 +64,26 @@ class Map:
         self.entries = entries
         self.fd = _bpf(_MAP_CREATE, struct.pack("=5I", kind, key_bytes, value_bytes, entries, flags))
 
-    def _element(self, key: bytes, value: int, flags: int) -> bytes:
+        # Made once: entries change with every flow, and ctypes objects are what costs most about it.
+        self._key = ctypes.create_string_buffer(key_bytes)
+        self._value = ctypes.create_string_buffer(value_bytes)
+        addresses = ctypes.addressof(self._key), ctypes.addressof(self._value)
+        element = struct.pack("=IIQQQ", self.fd, 0, *addresses, ANY)
+        self._element = ctypes.create_string_buffer(element, len(element))
+        self._only_key = ctypes.create_string_buffer(element[:16], 16)  # the kernel refuses a delete that names a value
+
+    def _set_key(self, key: bytes) -> None:
         if len(key) != self.key_bytes:
             raise ValueError(f"a key of this map has {self.key_bytes} bytes, not {len(key)}")
-        self._key = ctypes.create_string_buffer(key, len(key))  # must outlive the call
-        return struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), value, flags)
+        self._key.raw = key
 
-    def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
+    def update(self, key: bytes, value: bytes) -> None:
         """Set one entry; readers see the old or the new value, never a mixture."""
         if len(value) != self.value_bytes:
             raise ValueError(f"a value of this map has {self.value_bytes} bytes, not {len(value)}")
-        buffer = ctypes.create_string_buffer(value, len(value))
-        _bpf(_MAP_UPDATE, self._element(key, ctypes.addressof(buffer), flags))
+        self._set_key(key)
+        self._value.raw = value
+        _bpf_at(_MAP_UPDATE, self._element)
 
     def update_batch(self, items: Iterable[tuple[bytes, bytes]]) -> None:
         """Set many entries in one system call."""
@@ -86,17 +97,18 @@ class Map:
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value at key, or None."""
-        buffer = ctypes.create_string_buffer(self.value_bytes)
+        self._set_key(key)
         try:
-            _bpf(_MAP_LOOKUP, self._element(key, ctypes.addressof(buffer), 0))
+            _bpf_at(_MAP_LOOKUP, self._element)
         except FileNotFoundError:
             return None
-        return buffer.raw
+        return self._value.raw
 
     def delete(self, key: bytes) -> None:
         """Remove one entry. Raises KeyError when it is not there."""
+        self._set_key(key)
         try:
-            _bpf(_MAP_DELETE, self._element(key, 0, 0))
+            _bpf_at(_MAP_DELETE, self._only_key)
         except FileNotFoundError:
             raise KeyError(key) from None
 

@@ -7,6 +7,10 @@ channels or flows; without, a classic program is replaced at each change of a fl
 Two rules of the kernel shape this file (net/packet/af_packet.c): a leaving member's place is taken by the
 last one; and a member that changes its ring leaves and joins again, which would shift the others. The
 server therefore keeps every ring mapped, and the kernel then refuses such a change.
+
+The group reassembles IPv4 fragments before it selects. Linux does that once for all groups of a network
+namespace, so that only one of several groups there gets a fragmented datagram: one Demux (or embedded
+stack) a namespace, if large datagrams matter.
 """
 
 import contextlib
@@ -62,6 +66,7 @@ class _Member:
     def __init__(self, channel_id: int, sock: socket.socket, ring: Ring) -> None:
         self.channel_id = channel_id
         self.sock: socket.socket | None = sock
+        self.flows: set[Flow] = set()
         self.index = -1  # where the selector believes it stands; -1: nowhere yet
         self.inode = os.fstat(sock.fileno()).st_ino
         # Never touched: it only keeps the application from replacing the ring.
@@ -253,8 +258,7 @@ class Demux:
         its mark, and leaves for good at a later ``sweep`` (each open and close does one).
         """
         member = self._member(channel_id)
-        for flow in [flow for flow, owner in self._flows.items() if owner == channel_id]:
-            self._drop_flow(flow)
+        self._drop_flows(list(member.flows))
         if member.sock is not None:
             # The kernel moves the last member into the leaver's place. Say so first: a packet that comes
             # between finds a dying channel, whose filter drops it, and not the server, which would reset it.
@@ -361,7 +365,7 @@ class Demux:
 
     def remove_flow(self, proto: int, laddr: IPv4Address, lport: int, raddr: IPv4Address | None, rport: int) -> None:
         """Forget a flow: its packets go to the server, or to a wildcard that matches. Raises KeyError."""
-        self._drop_flow(self._flow(proto, laddr, lport, raddr, rport))
+        self._drop_flows([self._flow(proto, laddr, lport, raddr, rport)])
 
     def flows(self) -> Mapping[Flow, int]:
         """Every flow and the channel it leads to; a read-only view."""
@@ -381,26 +385,35 @@ class Demux:
     def _lead(self, flow: Flow, channel_id: int) -> None:
         if channel_id != filters.SERVER_CHANNEL and self._member(channel_id).sock is None:
             raise ValueError(f"channel {channel_id} is closed")
-        if self._flow_map is not None:
-            self._flow_map.update(filters.flow_key(flow), struct.pack("=I", channel_id))
-            self._flows[flow] = channel_id
-            return
         before = self._flows.get(flow)
-        self._flows[flow] = channel_id
+        self._note(flow, channel_id)
         try:
-            self._publish()
-        except OSError:
-            if before is None:
-                del self._flows[flow]
+            if self._flow_map is not None:
+                self._flow_map.update(filters.flow_key(flow), struct.pack("=I", channel_id))
             else:
-                self._flows[flow] = before
+                self._publish()
+        except OSError:
+            self._note(flow, before)
             raise
 
-    def _drop_flow(self, flow: Flow) -> None:
-        del self._flows[flow]
-        if self._flow_map is not None:
-            self._flow_map.delete(filters.flow_key(flow))
-        else:
+    def _note(self, flow: Flow, channel_id: int | None) -> None:
+        """Keep both records of a flow: where it leads, and which flows lead to a channel. None: nowhere."""
+        before = self._flows.pop(flow, None)
+        if before is not None and before != filters.SERVER_CHANNEL:
+            self._members[before].flows.discard(flow)
+        if channel_id is not None:
+            self._flows[flow] = channel_id
+            if channel_id != filters.SERVER_CHANNEL:
+                self._members[channel_id].flows.add(flow)
+
+    def _drop_flows(self, flows: list[Flow]) -> None:
+        for flow in flows:
+            if flow not in self._flows:
+                raise KeyError(flow)
+            self._note(flow, None)
+            if self._flow_map is not None:
+                self._flow_map.delete(filters.flow_key(flow))
+        if flows:
             self._publish()
 
     def _publish(self) -> None:

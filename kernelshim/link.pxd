@@ -25,7 +25,7 @@ cdef enum:
     UL_LINK_USO = 4             # takes UL_FRAME_GSO_UDP on tx
     UL_LINK_UFO = 8             # takes UL_FRAME_UFO on tx
     UL_LINK_EVACUATE = 16       # evacuate() works (slots are scarce and ring-ordered)
-    # slot number of a frame that needs no release
+    # slot number of a frame that needs no release: valid until the next recv()
     UL_SLOT_NONE = 0xFFFFFFFF
 
 ctypedef struct ul_rx:

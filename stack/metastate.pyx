@@ -275,11 +275,9 @@ cdef bint meta_neigh_remove(meta_page *m, const ul_addr *addr) noexcept nogil:
 
 cdef uint8_t meta_neigh_get(const meta_page *m, const ul_addr *addr, uint8_t *mac) noexcept nogil:
     cdef uint32_t slot = neigh_find(m, &m.tables[0], addr)
-    if slot == NONE:
-        return NEIGH_FREE
-    if mac != NULL:
+    if slot != NONE and mac != NULL:
         memcpy(mac, m.tables[0].neighbours[slot].mac, 6)
-    return m.tables[0].neighbours[slot].state
+    return m.tables[0].neighbours[slot].state if slot != NONE else <uint8_t>NEIGH_FREE
 
 
 # --- Python face -----------------------------------------------------------------------------------------

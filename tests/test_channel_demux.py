@@ -1,5 +1,6 @@
 """Which packets reach which channel: flows, filters, and channels that come and go."""
 
+import functools
 import os
 import socket
 import struct
@@ -23,7 +24,14 @@ from channel_hosts import (
     wire_or_skip,
 )
 
-from ulnet.kernelshim.channel import CHANNEL_MARK, CHANNEL_MARK_MASK, open_embedded
+from ulnet.kernelshim import bpf, filters
+from ulnet.kernelshim.channel import (
+    CHANNEL_MARK,
+    CHANNEL_MARK_MASK,
+    attach_extended,
+    open_embedded,
+    packet_socket,
+)
 from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.packet import PacketLink
 
@@ -233,6 +241,30 @@ def test_arp_is_the_servers(wire: Wire, demux: Demux, server: PacketLink) -> Non
     assert not drain(one.link) + drain(server)
 
 
+def test_the_filters_hold_by_themselves(wire: Wire) -> None:
+    """Should the selector ever send a packet to the wrong member, that member's own filter drops it."""
+    if not bpf.available():
+        pytest.skip("eBPF needs CAP_BPF")
+    place = filters.Place(wire.ve0, 1, OURS)
+    flows, places = bpf.Hash(filters.KEY_BYTES, 4, 8), bpf.Array(filters.PROBE_BYTES, 8)
+    for port, owner in ((5001, 1), (5002, 2), (5003, filters.SERVER_CHANNEL)):
+        flows.update(filters.flow_key(filters.Flow(UDP, OURS, port, None, 0)), struct.pack("=I", owner))
+    programs = [filters.extended_channel_filter(place, flows, places, channel) for channel in (1, 2)]
+    programs.append(filters.extended_server_filter(place, flows))
+    links = []
+    for program in programs:
+        sock = packet_socket(functools.partial(attach_extended, program=program))
+        links.append(
+            PacketLink(sock.detach(), ifindex=wire.ve0, loopback_ifindex=1, mac=wire.mac, mtu=1500, interface="ipc")
+        )
+    with wire.peer.udp() as near:
+        for port in (5001, 5002, 5003, 5004):
+            near.sendto(b"x", (str(OURS), port))
+    assert [[ports_of(f)[1] for f in drain(link)] for link in links] == [[5001], [5002], [5003, 5004]]
+    for made in (*links, flows, places):
+        made.close()
+
+
 @pytest.mark.parametrize("interface", ["ipf", "shm", "ipc"])
 def test_fragments_arrive_as_one_datagram(wire: Wire, demux: Demux, interface: str) -> None:
     one = Channel(demux, interface)
@@ -352,8 +384,6 @@ def test_the_application_cannot_widen_its_channel(wire: Wire, demux: Demux) -> N
     with held:
         assert held.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) & CHANNEL_MARK_MASK == CHANNEL_MARK
         anything = struct.pack("HHI", 0x06, 0, 0xFFFF)
-        from ulnet.kernelshim import bpf
-
         argument, memory = bpf.attachable(anything)
         for level, option, value in (
             (socket.SOL_SOCKET, 26, argument),  # SO_ATTACH_FILTER
@@ -413,8 +443,6 @@ def test_mistakes_get_one_clear_line(wire: Wire, demux: Demux) -> None:
 
 
 def test_too_many_flows_without_ebpf_are_refused_and_harmless(wire: Wire) -> None:
-    from ulnet.kernelshim import filters
-
     place = filters.Place(2, 1, OURS)
     flows = {filters.Flow(TCP, OURS, 1000 + n, PEER, 80): 2 for n in range(450)}
     assert filters.classic_selector(place, flows)

@@ -13,7 +13,7 @@ from ulnet.kernelshim.link cimport (
 )
 from ulnet.stack.engine_core cimport ATTN_RESOLVE, engine, ul_session
 from ulnet.stack.engine_wait cimport helper_wake
-from ulnet.stack.metastate cimport meta_resolve
+from ulnet.stack.metastate cimport meta_generation, meta_resolve
 from ulnet.stack.neighbour cimport neigh_ask
 from ulnet.stack.tcp cimport TCP_OUT_IOV, tcp_out
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_key, ul_addr
@@ -47,10 +47,10 @@ cdef int resolve(engine *e, const ul_addr *dst, uint8_t *mac, uint32_t *mtu) noe
 
 
 cdef int session_route(engine *e, ul_session *s, const ul_addr *dst) noexcept nogil:
-    cdef uint64_t generation = e.meta.generation
+    cdef uint64_t generation = meta_generation(e.meta)
     cdef uint32_t mtu = 0
     cdef int rc
-    if s.meta_generation == generation and not generation & 1 and addr_equal(&s.meta_dst, dst):
+    if s.meta_generation == generation and addr_equal(&s.meta_dst, dst):
         return 0
     rc = resolve(e, dst, s.mac, &mtu)
     if rc == 0:

@@ -42,7 +42,7 @@ from ulnet.stack.tcp cimport (
 )
 from ulnet.stack.tcp_cb cimport TCP_MSS_MIN
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_from_ipv4, addr_is_zero, flow_key, ul_addr
-from ulnet.stack.udp cimport udp_new
+from ulnet.stack.udp cimport udp_new, udp_so_error
 
 READABLE = 1
 WRITABLE = 2
@@ -446,8 +446,7 @@ cdef class Session:
             if s.role == ROLE_TCP:
                 error = tcp_so_error(s.tcp, True)
             elif s.role == ROLE_UDP:
-                error = s.udp.so_error
-                s.udp.so_error = 0
+                error = udp_so_error(s.udp, True)
             else:
                 error = s.so_error
                 s.so_error = 0

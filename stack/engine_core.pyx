@@ -14,7 +14,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
-from ulnet.stack.engine_output cimport emit_arp, emit_tcp
+from ulnet.stack.engine_output cimport emit_arp, emit_reassembly_timeouts, emit_tcp
 from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_init, waiters_wake
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
@@ -527,6 +527,7 @@ cdef void engine_timers(engine *e) noexcept nogil:
         neighbours_changed(e)
     if ip_reass_deadline(e.reass) <= e.now_ns:
         ip_reass_timers(e.reass, e.now_ns)
+        emit_reassembly_timeouts(e)
     if e.orphans != NULL:
         orphans_expire(e)
 

@@ -22,8 +22,9 @@ from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.guard import Guard
 from ulnet.netserver.records import TCP, UDP, Application, Flow, Place, Refusal, SessionRecord
 from ulnet.stack import protocol as p
-from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine, Session
+from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine
 from ulnet.stack.ports import WILDCARDS, PortTable
+from ulnet.stack.session import Session
 from ulnet.stack.statpage import StatRecord
 
 log = logging.getLogger("ulnet.netserver")

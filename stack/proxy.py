@@ -22,9 +22,10 @@ from weakref import WeakMethod, WeakValueDictionary
 from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
 from ulnet.kernelshim.packet import PacketLink
 from ulnet.stack import protocol as p
-from ulnet.stack.engine import Engine, Session
+from ulnet.stack.engine import Engine
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
+from ulnet.stack.session import Session
 from ulnet.stack.statpage import StatPage
 
 log = logging.getLogger("ulnet.proxy")

@@ -47,7 +47,9 @@ def default_policy(name: str, sender: Sender, hub: Sender) -> bool:
 class Calls:
     """The calls, each on a given space. Refusals raise MachError; nothing is changed then."""
 
-    def __init__(self, kernel: Kernel, bootstrap_policy: Callable[[str, Sender, Sender], bool] = default_policy) -> None:
+    def __init__(
+        self, kernel: Kernel, bootstrap_policy: Callable[[str, Sender, Sender], bool] = default_policy
+    ) -> None:
         self.kernel = kernel
         self.policy = bootstrap_policy
         # Holds the receive rights nobody has checked in for and send rights to what is published.
@@ -120,7 +122,9 @@ class Calls:
             return
         if right in (Right.RECEIVE, Right.SEND_ONCE):
             if delta != -1:
-                raise MachError(KernReturn.KERN_INVALID_VALUE, f"{Right(right).name} has one reference, delta was {delta}")
+                raise MachError(
+                    KernReturn.KERN_INVALID_VALUE, f"{Right(right).name} has one reference, delta was {delta}"
+                )
             if right == Right.RECEIVE:
                 self._destroy_receive(entry)
             else:
@@ -129,7 +133,9 @@ class Calls:
             return
         urefs = entry.urefs + delta
         if urefs < 0:
-            raise MachError(KernReturn.KERN_INVALID_VALUE, f"name {name} has {entry.urefs} references, delta was {delta}")
+            raise MachError(
+                KernReturn.KERN_INVALID_VALUE, f"name {name} has {entry.urefs} references, delta was {delta}"
+            )
         if urefs > MACH_PORT_UREFS_MAX:
             raise MachError(KernReturn.KERN_UREFS_OVERFLOW, f"at most {MACH_PORT_UREFS_MAX} references")
         if urefs:
@@ -166,7 +172,9 @@ class Calls:
         if new in space.entries:
             raise MachError(KernReturn.KERN_NAME_EXISTS, f"name {new} is in use")
         if entry.bits & RightSet.RECEIVE and entry.port.unacked:
-            raise MachError(KernReturn.KERN_FAILURE, f"messages to {old} are on their way to the task; receive them first")
+            raise MachError(
+                KernReturn.KERN_FAILURE, f"messages to {old} are on their way to the task; receive them first"
+            )
         del space.entries[old]
         entry.name = new
         space.entries[new] = entry

@@ -35,7 +35,9 @@ class ServerGone(MachError):
 class Channel:
     """A DEALER socket with the request numbers and the flow control of posts. Hold `lock` while using it."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: str, token: bytes, kind: int, side_fd: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], path: str, token: bytes, kind: int, side_fd: int
+    ) -> None:
         self.path = path
         self.lock = threading.Lock()
         self.seq = 0
@@ -99,7 +101,9 @@ class Channel:
             if op == Op.POSTED:
                 self.posted(data)
             elif op == Op.REFUSED:
-                raise PermissionError(wire.STATUS.unpack_from(data)[2], "the hub refused this process a connection", self.path)
+                raise PermissionError(
+                    wire.STATUS.unpack_from(data)[2], "the hub refused this process a connection", self.path
+                )
             elif wire.SHORT.unpack_from(data)[1] == seq:
                 return data, ool
             elif op == Op.REPLY:

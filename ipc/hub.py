@@ -25,7 +25,6 @@ import zmq
 
 from . import sidechannel, wire
 from .calls import Calls, default_policy
-from .codes import MachError, MachMsgReturn
 from .local import LocalTask
 from .message import Buffer, Message, Sender
 from .ports import Kernel, Limits, Port, Space
@@ -489,5 +488,3 @@ def _same_peer(frame: Any, sender: Sender) -> bool:
         return (int(fields[-1]), int(fields[-3])) == (sender.pid, sender.uid)
     except (zmq.ZMQError, ValueError, IndexError, AttributeError):
         return True  # a libzmq built without peer credentials: the token alone decides
-
-

@@ -60,8 +60,17 @@ class LocalTask:
         buffers = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool]
         kernel.enqueue(
             KMsg(
-                port, T_SEND_ONCE if once else T_SEND, id, bytes(inline), space.sender, reply,
-                KIND_OF[local_disposition] if local else 0, moved, buffers, owned, space,
+                port,
+                T_SEND_ONCE if once else T_SEND,
+                id,
+                bytes(inline),
+                space.sender,
+                reply,
+                KIND_OF[local_disposition] if local else 0,
+                moved,
+                buffers,
+                owned,
+                space,
             )  # fmt: skip
         )
         self._done()
@@ -116,7 +125,9 @@ class LocalTask:
         self._done()
         return message
 
-    def msg(self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL) -> Message | None:
+    def msg(
+        self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL
+    ) -> Message | None:
         """mach_msg: send, receive, or both; both never wait."""
         if options & MsgOption.SEND:
             self.send(

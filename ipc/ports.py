@@ -254,7 +254,9 @@ class Kernel:
         else:
             self.destroy_port(port)
 
-    def notify(self, request: Port, id: int, inline: bytes, rights: "list[tuple[int, Port | None]] | None" = None) -> None:
+    def notify(
+        self, request: Port, id: int, inline: bytes, rights: "list[tuple[int, Port | None]] | None" = None
+    ) -> None:
         """Send a notification; uses up the send-once right `request`."""
         message = KMsg(request, T_SEND_ONCE, id, inline, self.sender, rights=rights)
         if request.alive:

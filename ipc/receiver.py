@@ -235,4 +235,3 @@ class Receiver:
         if self._epoll is not None:
             self._epoll.close()
         os.close(self._wake)
-

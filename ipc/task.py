@@ -65,7 +65,9 @@ class Task:
             data, fds = sidechannel.receive_packet(self._side, wire.WELCOME.size + 1, 1)
             sidechannel.close_all(fds)
             if len(data) != wire.WELCOME.size:
-                raise ConnectionRefusedError(errno.ECONNREFUSED, "the hub refused this process (too many tasks?)", self.path)
+                raise ConnectionRefusedError(
+                    errno.ECONNREFUSED, "the hub refused this process (too many tasks?)", self.path
+                )
             magic, version, self.hub_pid, self.task_id, self._token = wire.WELCOME.unpack(data)
             if magic != wire.MAGIC or version != wire.VERSION:
                 raise OSError(errno.EPROTO, f"no hub of version {wire.VERSION} serves this path", self.path)
@@ -173,7 +175,9 @@ class Task:
         local_disposition: int = MsgType.MAKE_SEND_ONCE,
     ) -> None:
         """Send a message and wait until it is in the port's queue. MACH_SEND_TIMED_OUT: it is not, and nothing moved."""
-        self._request(Op.SEND, dest, id, inline, ool, fds, rights, local, remote_disposition, local_disposition, timeout)
+        self._request(
+            Op.SEND, dest, id, inline, ool, fds, rights, local, remote_disposition, local_disposition, timeout
+        )
 
     def post(
         self,
@@ -233,7 +237,9 @@ class Task:
             with suppress(MachError):
                 self.deallocate(remote)
 
-    def msg(self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL) -> Message | None:
+    def msg(
+        self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL
+    ) -> Message | None:
         """mach_msg: send, receive, or both (the receive is not tried if the send failed)."""
         if options & MsgOption.SEND:
             self.send(
@@ -335,7 +341,18 @@ class Task:
                     raise MachError(MachMsgReturn.MACH_SEND_TOO_LARGE, f"{len(fds)} descriptors in one message")
                 tag = next(self._tags)
             header = wire.REQUEST.pack(
-                op, remote_disposition, local_disposition, 0, seq, dest, local, id, tag, len(buffers), len(fds), len(body)
+                op,
+                remote_disposition,
+                local_disposition,
+                0,
+                seq,
+                dest,
+                local,
+                id,
+                tag,
+                len(buffers),
+                len(fds),
+                len(body),
             )
         except struct.error as error:
             raise MachError(MachMsgReturn.MACH_SEND_INVALID_HEADER, str(error)) from None
@@ -414,7 +431,9 @@ class Task:
         if self._thread is not None:
             raise RuntimeError("the receiver thread of this task runs already")
         chosen = None if names is None else list(names)
-        self._thread = threading.Thread(target=self._run, args=(receiver, handler, chosen), name="ulnet-ipc", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(receiver, handler, chosen), name="ulnet-ipc", daemon=True
+        )
         self._thread.start()
 
     def _run(self, receiver: Receiver, handler: Callable[[Message, Sender], object], names: list[int] | None) -> None:
@@ -608,14 +627,18 @@ class Task:
 
     def forked(self) -> None:
         """In the child of a fork: the connections are the parent's."""
-        self._unusable = f"this task ({self.path}) belongs to process {self._pid}; a child after fork makes its own Task"
+        self._unusable = (
+            f"this task ({self.path}) belongs to process {self._pid}; a child after fork makes its own Task"
+        )
         # Only the parent's copy may keep the side channel open, so that its death shows as a hang-up.
         os.close(self._side.detach())
 
     def __enter__(self) -> Task:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

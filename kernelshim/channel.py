@@ -22,22 +22,13 @@ from ulnet.kernelshim import bpf, filters
 from ulnet.kernelshim.packet import PacketLink
 
 __all__ = [
-    "CHANNEL_MARK",
-    "CHANNEL_MARK_MASK",
     "DEFAULT_SLOTS",
     "ChannelGrant",
     "Ring",
-    "channel_mark",
     "open_embedded",
     "packet_socket",
     "ring_for",
 ]
-
-# SO_MARK of a channel: the tag in the high bits, the channel id in the low ones. The outgoing guard matches
-# the tag; the application cannot change the mark (that needs CAP_NET_ADMIN or CAP_NET_RAW).
-CHANNEL_MARK = 0x756C0000  # "ul"
-CHANNEL_MARK_MASK = 0xFFFF0000
-CHANNEL_ID_MAX = 0xFFFF
 
 DEFAULT_SLOTS = 128
 _FRAME_MAX = 65535 + 14  # a whole IPv4 packet or super-segment behind its Ethernet header
@@ -145,13 +136,6 @@ def device(name: str) -> Device:
     if kind not in (_ARPHRD_ETHER, _ARPHRD_LOOPBACK):
         raise ValueError(f"interface {name!r} is not Ethernet (hardware type {kind}): use another one")
     return Device(name, ifindex, socket.if_nametoindex("lo"), hardware[18:24], mtu)
-
-
-def channel_mark(channel_id: int) -> int:
-    """SO_MARK of a channel."""
-    if not 0 <= channel_id <= CHANNEL_ID_MAX:
-        raise ValueError(f"channel id {channel_id}: it must be 0 to {CHANNEL_ID_MAX}")
-    return CHANNEL_MARK | channel_id
 
 
 def attach_classic(sock: socket.socket, program: bytes) -> None:

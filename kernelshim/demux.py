@@ -27,7 +27,6 @@ from typing import Self
 
 from ulnet.kernelshim import bpf, filters
 from ulnet.kernelshim.channel import (
-    CHANNEL_ID_MAX,
     DEFAULT_SLOTS,
     FANOUT_CBPF,
     FANOUT_EBPF,
@@ -42,13 +41,13 @@ from ulnet.kernelshim.channel import (
     Ring,
     attach_classic,
     attach_extended,
-    channel_mark,
     device,
     fanout_arguments,
     packet_socket,
     ring_for,
 )
 from ulnet.kernelshim.filters import Flow, Place
+from ulnet.kernelshim.marks import CHANNEL_MASK, MARK_TAG, channel_mark
 from ulnet.kernelshim.packet import PacketLink
 
 __all__ = ["Demux", "Flow"]
@@ -91,6 +90,7 @@ def _living_inodes() -> set[int]:
 class Demux:
     """Channels of one address on one interface, and the flows that lead to them.
 
+    ``tag``: upper half of every channel's packet mark (the server's own channel carries none).
     ``ebpf``: None takes eBPF when this process may use it, else classic BPF (some 500 flows at most).
     Raises OSError when the interface does not exist or privilege is missing, ValueError for a bad argument.
     Not thread-safe: one thread of the server owns it.
@@ -105,13 +105,15 @@ class Demux:
         server_interface: str = "ipf",
         server_slots: int = DEFAULT_SLOTS,
         max_channels: int = DEFAULT_MAX_CHANNELS,
+        tag: int = MARK_TAG,
     ) -> None:
-        if not 2 <= max_channels <= CHANNEL_ID_MAX:
-            raise ValueError(f"at most {max_channels} channels: it must be 2 to {CHANNEL_ID_MAX}")
+        if not 2 <= max_channels <= CHANNEL_MASK:
+            raise ValueError(f"at most {max_channels} channels: it must be 2 to {CHANNEL_MASK}")
         self.device = device(interface)
         self.place = Place(self.device.ifindex, self.device.loopback_ifindex, IPv4Address(address))
         self.ebpf = bpf.available() if ebpf is None else ebpf
         self._max_channels = max_channels
+        self._tag = tag
         self._flows: dict[Flow, int] = {}
         self._order: list[_Member] = []  # fanout order, from SERVER_INDEX + 1 on
         self._members: dict[int, _Member] = {}
@@ -131,7 +133,6 @@ class Demux:
                 packet_socket(
                     self._server_filter,
                     ring=self._server_ring,
-                    mark=channel_mark(filters.SERVER_CHANNEL),
                     join=self._join,
                     lock=False,
                 )
@@ -220,7 +221,7 @@ class Demux:
                 program = filters.extended_channel_filter(self.place, self._flow_map, self._place_map, channel_id)
                 attach_extended(sock, program)
 
-        sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id), join=self._join)
+        sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id, self._tag), join=self._join)
         try:
             member = _Member(channel_id, sock, ring)
         except BaseException:
@@ -232,7 +233,7 @@ class Demux:
         return ChannelGrant(
             channel_id=channel_id,
             fd=os.dup(sock.fileno()),
-            mark=channel_mark(channel_id),
+            mark=channel_mark(channel_id, self._tag),
             interface=interface,
             slots=ring.slots,
             slot_bytes=ring.slot_bytes,

@@ -19,12 +19,15 @@ from typing import Final
 
 from pyroute2 import IPRoute  # type: ignore[import-untyped,unused-ignore]
 
+from ulnet.kernelshim.marks import MARK_TAG
+
 _CAP_NET_ADMIN: Final = 12
 _CAP_NET_RAW: Final = 13
 _ETH_P_ARP: Final = 0x0806
 _ARPHRD_ETHER: Final = 1
 _PATH_BYTES: Final = 107  # sun_path, less its end; the side channel appends to it
 _SUFFIX: Final = ".fd"
+TAGS: Final = 16  # netservers in one network namespace
 
 
 class SetupError(Exception):
@@ -156,6 +159,25 @@ def claim_address(address: Address) -> socket.socket:
             raise SetupError(f"address {address.address} is already served by another netserver here") from None
         raise
     return claim
+
+
+def claim_tag() -> tuple[socket.socket, int]:
+    """A mark tag that no other netserver of this network namespace uses, ours as long as the socket lives.
+
+    Each server's guard drops what carries its tag and is not allowed; with one tag for all, two servers would
+    drop each other's packets.
+    """
+    for number in range(TAGS):
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0ulnet/tag/{number}")
+        except OSError as error:
+            claim.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return claim, MARK_TAG + (number << 16)
+    raise SetupError(f"{TAGS} netservers run in this network namespace already: stop one")
 
 
 def check_socket_path(path: str) -> None:

@@ -15,7 +15,6 @@ import logging
 import os
 import select
 import signal
-import socket
 import time
 from contextlib import ExitStack, suppress
 from types import FrameType, TracebackType
@@ -83,15 +82,14 @@ class NetServer:
             raise SetupError(f"socket path {self.path}: {error.strerror or error}") from None
         undo.callback(self.hub.close)
         at, own = self.interface, self.address
-        self.guard = Guard(at.name, own.address)
+        claim, tag = preflight.claim_tag()
+        undo.callback(claim.close)
+        self.guard = Guard(at.name, own.address, tag=tag)
         undo.callback(self.guard.close)
-        self.demux = Demux(at.name, ipaddress.IPv4Address(own.address))
+        self.demux = Demux(at.name, ipaddress.IPv4Address(own.address), tag=tag)
         undo.callback(self.demux.close)
         self.meta = Metastate.create(own.address, own.prefix, at.mac, at.mtu, gateway)
         self.link = self.demux.open_server_channel()
-        # The guard holds back whatever carries the channels' tag. The server is not one of those it guards against.
-        with socket.socket(fileno=os.dup(self.link.fileno())) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0)
         undo.callback(self.link.close)
         self.engine = Engine(self.link, self.meta)
         undo.callback(self.engine.close)

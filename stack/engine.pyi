@@ -93,7 +93,13 @@ class Engine:
     on_strays: Callable[[list[bytes]], None] | None
 
     def __init__(
-        self, link: Link, meta: Metastate, *, library: bool = False, stats: StatPage | None = None, spin_ns: int = 50_000
+        self,
+        link: Link,
+        meta: Metastate,
+        *,
+        library: bool = False,
+        stats: StatPage | None = None,
+        spin_ns: int = 50_000,
     ) -> None: ...
     def start_helper(self) -> None:
         """The thread that works while the program is elsewhere. Servers with their own loop call poll() instead."""

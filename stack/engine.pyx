@@ -42,7 +42,7 @@ from ulnet.stack.tcp cimport (
 )
 from ulnet.stack.tcp_cb cimport TCP_MSS_MIN
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_from_ipv4, addr_is_zero, flow_key, ul_addr
-from ulnet.stack.udp cimport udp_new
+from ulnet.stack.udp cimport udp_new, udp_so_error
 
 READABLE = 1
 WRITABLE = 2
@@ -87,6 +87,13 @@ ctypedef struct state_head:
     uint8_t ttl
     uint8_t tos
     uint8_t pad[6]
+
+ctypedef struct session_row:       # what sessions() copies under the lock
+    uint8_t role
+    uint8_t closing
+    flow_key flow
+    uint64_t id
+    tcp_stat t
 
 
 cdef int fail(Py_ssize_t code) except -1:
@@ -446,8 +453,7 @@ cdef class Session:
             if s.role == ROLE_TCP:
                 error = tcp_so_error(s.tcp, True)
             elif s.role == ROLE_UDP:
-                error = s.udp.so_error
-                s.udp.so_error = 0
+                error = udp_so_error(s.udp, True)
             else:
                 error = s.so_error
                 s.so_error = 0
@@ -1156,22 +1162,26 @@ cdef class Engine:
 
     def deliver(self, Session listener not None, state, uint64_t session_id):
         """An accepted session, from the server, into the listener's queue. OSError EINVAL when it listens no more."""
+        cdef const uint8_t[::1] view = state
+        cdef const uint8_t *p = &view[0] if view.shape[0] else NULL
+        cdef size_t n = view.shape[0]
         cdef engine *e = self.e
         cdef ul_session *l = listener.s
-        cdef ul_session *s
         cdef Session child = self.new_session(UL_IPPROTO_TCP)
-        s = child.s
-        if l.role != ROLE_LISTEN:
-            raise OSError(EINVAL, "the listener is closed")
-        s.cfg = l.cfg
-        self.import_session(child, state, session_id)
+        cdef ul_session *s = child.s
+        cdef int rc = -EINVAL
         with nogil:
             engine_lock(e)
             if l.role == ROLE_LISTEN:
+                s.cfg = l.cfg
+                rc = import_state(e, s, p, n, session_id)
+            if rc == 0:
+                # The queue gets a reference of its own, accept() another handle.
+                s.handle = NULL
                 s.phase = PHASE_QUEUED
                 s.listener = l
                 session_ref(l)
-                session_ref(s)             # the queue's
+                session_ref(s)
                 if l.accept_tail != NULL:
                     l.accept_tail.accept_next = s
                 else:
@@ -1179,12 +1189,16 @@ cdef class Engine:
                 l.accept_tail = s
                 l.accept_count += 1
                 session_touch(e, l)
-                engine_settle(e)
-                # The queue owns it now; this handle goes without closing it.
-                s.handle = NULL
-                session_unref(e, s)
-                child.s = NULL
             engine_unlock(e)
+        if rc < 0:
+            raise OSError(-rc, "the listener takes no session: it is closed, or the state is malformed")
+        self.take_stat(child)
+        self.settle_imported(child)
+        with nogil:
+            engine_lock(e)
+            session_unref(e, s)
+            engine_unlock(e)
+        child.s = NULL
 
     def fail(self, Session session not None, int error):
         """Connecting failed elsewhere: pending error, waiters wake."""
@@ -1278,32 +1292,48 @@ cdef class Engine:
         """One dict for each session here: proto, local, remote, state, id, and its counters."""
         cdef engine *e = self.e
         cdef ul_session *s
-        cdef tcp_stat t
+        cdef session_row *rows
+        cdef session_row *row
+        cdef uint32_t n = 0
+        cdef uint32_t room = e.all_count + 64
+        cdef uint32_t i
         cdef list out = []
-        cdef bint tcp
+        # Python objects are made after the lock is let go: making one may run the collector, and that a destructor
+        # which wants the lock.
+        rows = <session_row *>malloc(room * sizeof(session_row))
+        if rows == NULL:
+            raise MemoryError("no memory for the list of sessions")
         with nogil:
             engine_lock(e)
-            with gil:
-                s = e.all
-                while s != NULL:
-                    if s.role == ROLE_TCP or s.role == ROLE_UDP or s.role == ROLE_LISTEN:
-                        memset(&t, 0, sizeof(t))
-                        if s.role == ROLE_TCP:
-                            tcp_stat_get(s.tcp, &t)
-                        elif s.role == ROLE_UDP:
-                            t.bytes_in = s.udp.bytes_in
-                            t.bytes_out = s.udp.bytes_out
-                        row = dict(t)
-                        row["proto"] = "udp" if s.role == ROLE_UDP else "tcp"
-                        row["local"] = (addr_text(&s.flow.laddr), s.flow.lport)
-                        row["remote"] = None if addr_is_zero(&s.flow.raddr) else (addr_text(&s.flow.raddr), s.flow.rport)
-                        row["state"] = ("OPEN" if s.role == ROLE_UDP else "LISTEN" if s.role == ROLE_LISTEN
-                                        else STATES[t.state])
-                        row["session_id"] = s.id
-                        row["closing"] = bool(s.closing)
-                        out.append(row)
-                    s = s.all_next
+            s = e.all
+            while s != NULL and n < room:
+                if s.role == ROLE_TCP or s.role == ROLE_UDP or s.role == ROLE_LISTEN:
+                    row = &rows[n]
+                    n += 1
+                    row.role = s.role
+                    row.closing = s.closing
+                    row.flow = s.flow
+                    row.id = s.id
+                    memset(&row.t, 0, sizeof(tcp_stat))
+                    if s.role == ROLE_TCP:
+                        tcp_stat_get(s.tcp, &row.t)
+                    elif s.role == ROLE_UDP:
+                        row.t.bytes_in = s.udp.bytes_in
+                        row.t.bytes_out = s.udp.bytes_out
+                s = s.all_next
             engine_unlock(e)
+        for i in range(n):
+            row = &rows[i]
+            entry = dict(row.t)
+            entry["proto"] = "udp" if row.role == ROLE_UDP else "tcp"
+            entry["local"] = (addr_text(&row.flow.laddr), row.flow.lport)
+            entry["remote"] = None if addr_is_zero(&row.flow.raddr) else (addr_text(&row.flow.raddr), row.flow.rport)
+            entry["state"] = ("OPEN" if row.role == ROLE_UDP else "LISTEN" if row.role == ROLE_LISTEN
+                              else STATES[row.t.state])
+            entry["session_id"] = row.id
+            entry["closing"] = bool(row.closing)
+            out.append(entry)
+        free(rows)
         return out
 
     def counters(self):

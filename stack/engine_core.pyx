@@ -14,7 +14,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
-from ulnet.stack.engine_output cimport emit_arp, emit_tcp
+from ulnet.stack.engine_output cimport emit_arp, emit_reassembly_timeouts, emit_tcp
 from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_init, waiters_wake
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
@@ -239,7 +239,9 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
         return UL_READABLE | UL_WRITABLE | UL_HUP | (UL_ERROR if s.so_error else 0)
     if s.phase == PHASE_CONNECTING:
         return 0
-    return UL_WRITABLE | UL_HUP           # as Linux shows a TCP socket that was never connected
+    # differs: Linux adds HUP to a TCP socket that was never connected. A descriptor cannot take a hang-up back
+    # (readyfd), and who registers it before connecting wants to hear of the connection.
+    return UL_WRITABLE
 
 
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil:
@@ -525,6 +527,7 @@ cdef void engine_timers(engine *e) noexcept nogil:
         neighbours_changed(e)
     if ip_reass_deadline(e.reass) <= e.now_ns:
         ip_reass_timers(e.reass, e.now_ns)
+        emit_reassembly_timeouts(e)
     if e.orphans != NULL:
         orphans_expire(e)
 

@@ -20,7 +20,7 @@ from ulnet.stack.ip_reass cimport ip_reass_input
 from ulnet.stack.neighbour cimport neigh_input
 from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, TCP_SYN, tcp_icmp, tcp_input, tcp_isn, tcp_out, tcp_passive, tcp_refuse, tcp_seg
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_equal, flow_key, ul_addr
-from ulnet.stack.udp cimport udp_input
+from ulnet.stack.udp cimport udp_icmp, udp_input
 from ulnet.stack.wire cimport (
     ETH_HEADER_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, WIRE_CHECKSUM, arp_parse, arp_pkt, icmp_error, icmp_error_parse,
     icmp_parse, icmp_pkt, ipv4_parse, ipv4_pkt, tcp_parse, udp_parse, udp_pkt,
@@ -243,7 +243,7 @@ cdef void icmp_frame(engine *e, const ipv4_pkt *ip) noexcept nogil:
         if err.next_mtu_bytes >= 68:
             s.path_mtu_bytes = <uint16_t>err.next_mtu_bytes
         else:
-            s.udp.so_error = err.error
+            udp_icmp(s.udp, err.error)
         session_touch(e, s)
     else:
         e.n.icmp_unmatched += 1

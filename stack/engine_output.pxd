@@ -11,6 +11,7 @@ cdef int emit_arp(void *ctx, const uint8_t *dst_mac, const arp_pkt *arp) noexcep
 cdef int emit_udp(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, const uint8_t *data, uint32_t n) noexcept nogil
 cdef int emit_refusal(engine *e, const flow_key *flow, const tcp_out *out) noexcept nogil   # an RST without a session
 cdef void emit_icmp_unreachable(engine *e, const ipv4_pkt *about, uint8_t code) noexcept nogil
+cdef void emit_reassembly_timeouts(engine *e) noexcept nogil
 cdef void emit_echo_reply(engine *e, const ipv4_pkt *ip, const icmp_pkt *icmp) noexcept nogil
 # MAC of the way to dst into the session's cache. 0, -EAGAIN (being asked for), -ENETUNREACH, -EHOSTUNREACH
 cdef int session_route(engine *e, ul_session *s, const ul_addr *dst) noexcept nogil

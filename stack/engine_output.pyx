@@ -13,6 +13,7 @@ from ulnet.kernelshim.link cimport (
 )
 from ulnet.stack.engine_core cimport ATTN_RESOLVE, engine, ul_session
 from ulnet.stack.engine_wait cimport helper_wake
+from ulnet.stack.ip_reass cimport ip_reass_expired
 from ulnet.stack.metastate cimport meta_generation, meta_resolve
 from ulnet.stack.neighbour cimport neigh_ask
 from ulnet.stack.tcp cimport TCP_OUT_IOV, tcp_out
@@ -281,6 +282,20 @@ cdef void emit_icmp_unreachable(engine *e, const ipv4_pkt *about, uint8_t code) 
               about.ttl, about.tos)
     memcpy(packet + IPV4_HEADER_BYTES, about.payload, n)
     send_icmp(e, &about.src, 3, code, 0, packet, IPV4_HEADER_BYTES + n)
+
+
+cdef void emit_reassembly_timeouts(engine *e) noexcept nogil:
+    """RFC 1122 3.3.2: whose datagram came in part only is told."""
+    cdef uint8_t quote[IPV4_HEADER_BYTES + 8]
+    cdef ul_addr src
+    cdef ul_addr dst
+    cdef uint32_t n
+    while True:
+        n = ip_reass_expired(e.reass, quote, &src, &dst)
+        if n == 0:
+            return
+        if not e.library and icmp_allowed(e):
+            send_icmp(e, &src, 11, 1, 0, quote, n)
 
 
 cdef void emit_echo_reply(engine *e, const ipv4_pkt *ip, const icmp_pkt *icmp) noexcept nogil:

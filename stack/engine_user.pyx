@@ -14,7 +14,7 @@ from ulnet.stack.engine_output cimport emit_udp
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
 from ulnet.stack.tcp cimport tcp_read, tcp_read_seg, tcp_shutdown, tcp_wants_output, tcp_write, tcp_write_hold
 from ulnet.stack.types cimport UL_READABLE, UL_WRITABLE, addr_is_zero
-from ulnet.stack.udp cimport udp_read, udp_read_seg
+from ulnet.stack.udp cimport udp_read, udp_read_seg, udp_so_error
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -83,10 +83,11 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
         if s.role == ROLE_TCP:
             got = tcp_read(&e.env, s.tcp, out + done[0], n - done[0], peek)
         elif s.role == ROLE_UDP:
+            full = 0
             got = 0 if s.shut_rd and not s.udp.rcv.count else udp_read(&e.bufs, s.udp, out, n, peek, NULL, NULL, &full)
             if got >= 0:
                 if flags & USER_TRUNC:
-                    got = full if got else got
+                    got = full
                 done[0] = 0
                 session_touch(e, s)
                 break
@@ -152,8 +153,9 @@ cdef rxseg *user_recv_seg(engine *e, ul_session *s, size_t max_bytes, int64_t de
         elif s.role == ROLE_UDP:
             seg = udp_read_seg(&e.bufs, s.udp)
             if seg == NULL and not s.shut_rd:
-                rc = s.udp.so_error if s.udp.so_error else -EAGAIN
-                s.udp.so_error = 0
+                rc = udp_so_error(s.udp, True)
+                if rc == 0:
+                    rc = -EAGAIN
         else:
             rc = dead_answer(s, True)
         if seg != NULL:
@@ -222,8 +224,7 @@ cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_
             rc = dead_answer(s, False)
             break
         if s.udp.so_error:
-            rc = s.udp.so_error
-            s.udp.so_error = 0
+            rc = udp_so_error(s.udp, True)
             break
         if dst == NULL:
             if addr_is_zero(&s.flow.raddr):

@@ -26,13 +26,12 @@ from channel_hosts import (
 
 from ulnet.kernelshim import bpf, filters
 from ulnet.kernelshim.channel import (
-    CHANNEL_MARK,
-    CHANNEL_MARK_MASK,
     attach_extended,
     open_embedded,
     packet_socket,
 )
 from ulnet.kernelshim.demux import Demux
+from ulnet.kernelshim.marks import MARK_MASK, MARK_TAG
 from ulnet.kernelshim.packet import PacketLink
 
 UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
@@ -382,7 +381,7 @@ def test_the_application_cannot_widen_its_channel(wire: Wire, demux: Demux) -> N
     demux.add_flow(UDP, OURS, 5002, None, 0, two.id)
     held = socket.socket(fileno=os.dup(one.link.fileno()))
     with held:
-        assert held.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) & CHANNEL_MARK_MASK == CHANNEL_MARK
+        assert held.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) & MARK_MASK == MARK_TAG
         anything = struct.pack("HHI", 0x06, 0, 0xFFFF)
         argument, memory = bpf.attachable(anything)
         for level, option, value in (

@@ -134,7 +134,7 @@ def test_full_table_evicts_failed_then_oldest() -> None:
     for host in hosts:
         meta.set_neighbour(host, MAC_B)
     meta.set_neighbour(hosts[500], None)
-    meta.set_neighbour(hosts[0], MAC_B)          # set again: no longer the oldest
+    meta.set_neighbour(hosts[0], MAC_B)  # set again: no longer the oldest
     assert meta.evicted == 0
     meta.set_neighbour("10.2.0.1", MAC_B)
     assert meta.evicted == 1
@@ -319,7 +319,7 @@ def test_a_running_or_stopped_writer_never_shows_half_a_change() -> None:
                 for _ in range(200):
                     found = reader.resolve("10.0.0.7")
                     if found.errno == errno.EAGAIN and found.next_hop is None:
-                        continue             # the page changed on every try: told so, not a wrong answer
+                        continue  # the page changed on every try: told so, not a wrong answer
                     assert found.errno == 0 and found.mac is not None and len(set(found.mac)) == 1, found
                     seen.add(found.mac)
                 writer.send_signal(signal.SIGSTOP)

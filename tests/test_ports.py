@@ -109,9 +109,7 @@ def test_reuse_port_needs_the_same_user(table: PortTable) -> None:
 def test_a_holder_that_shares_both_ways_counts_once(table: PortTable) -> None:
     table.bind(TCP, A, 5000, now_ns=0, uid=7, reuse_address=True, reuse_port=True)
     table.bind(TCP, B, 5000, now_ns=0, uid=7)
-    refused(
-        errno.EADDRINUSE, table.bind, TCP, "", 5000, now_ns=0, uid=7, reuse_address=True, reuse_port=True
-    )
+    refused(errno.EADDRINUSE, table.bind, TCP, "", 5000, now_ns=0, uid=7, reuse_address=True, reuse_port=True)
 
 
 def pairwise_conflict(new: Name, old: Name) -> bool:
@@ -135,9 +133,7 @@ def test_counted_conflicts_equal_pairwise_ones(script: list[tuple[tuple[str, int
         wanted = Name(TCP, addr, 5000, uid, reuse_address, reuse_port, True)
         conflict = any(pairwise_conflict(wanted, old) for old in held)
         try:
-            name = table.bind(
-                TCP, addr, 5000, now_ns=0, uid=uid, reuse_address=reuse_address, reuse_port=reuse_port
-            )
+            name = table.bind(TCP, addr, 5000, now_ns=0, uid=uid, reuse_address=reuse_address, reuse_port=reuse_port)
         except OSError:
             assert conflict
             if held:
@@ -323,8 +319,12 @@ def test_nothing_is_left_after_any_life(seed: int) -> None:
             match rng.randrange(7):
                 case 0:
                     table.bind(
-                        rng.choice([TCP, UDP]), rng.choice(["", A, B]), rng.choice([0, 0, 40003, 5000]), now_ns=now,
-                        reuse_address=rng.random() < 0.7, reuse_port=rng.random() < 0.2,
+                        rng.choice([TCP, UDP]),
+                        rng.choice(["", A, B]),
+                        rng.choice([0, 0, 40003, 5000]),
+                        now_ns=now,
+                        reuse_address=rng.random() < 0.7,
+                        reuse_port=rng.random() < 0.2,
                     )
                 case 1:
                     table.choose(rng.choice([TCP, UDP]), A, PEER, rng.randrange(3), now_ns=now)

@@ -247,7 +247,12 @@ def show_comparison(bed: Testbed, paths: dict[str, Path]) -> None:
     ]
     rows = measure.tests()
     with Progress(
-        TextColumn("   measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("   measuring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     ) as bar:
         task = bar.add_task("", total=len(rows) * ROUNDS * 2)
         measure.compare(*ends, rows, ROUNDS, lambda: bar.advance(task))
@@ -296,7 +301,9 @@ def run_embedded(reason: str) -> None:
     from ulnet.demo import embedded
 
     console.print(f"No two hosts here: {reason}", highlight=False, soft_wrap=True)
-    console.print("Running what needs no privilege: two embedded stacks over an in-memory link.", highlight=False, soft_wrap=True)
+    console.print(
+        "Running what needs no privilege: two embedded stacks over an in-memory link.", highlight=False, soft_wrap=True
+    )
     for line in embedded.run(16 << 20):
         found(line)
 

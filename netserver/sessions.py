@@ -172,9 +172,7 @@ class SessionTable:
             self._forget_foreign(record)
             self.engine.import_session(session, state, number)
         except (OSError, ValueError) as error:
-            self._turn_back(record)
-            self._reset(record)
-            self._drop(record)
+            self._end(record, reset=True)
             raise Refusal(errno.EINVAL, f"the state of {record} is not valid: {error}", violation=True) from None
         self._turn_back(record)
         self._unguard(record)
@@ -523,6 +521,7 @@ class SessionTable:
             "guarded": len(self.guard.allowed()),
             "names": len(self.ports),
             "quarantined": len(self.ports.quarantined()),
+            "engine_flows": self.engine.counters()["flows"],
         }
 
 

@@ -612,10 +612,18 @@ class TestEnd:
                 app.connect(listening.getsockname())
                 peer, _ = listening.accept()
                 peer.settimeout(5)
+                left = tcp(proxy)
+                left.connect(listening.getsockname())
+                half, _ = listening.accept()
+                left.close()
+                wait_for(lambda: [r for r in bed.sessions() if r["state"] == "FIN-WAIT-2"], "a session of the server's")
                 assert bed.stop() == 0
                 with pytest.raises(ConnectionResetError):
                     peer.recv(1)
                 peer.close()
+                # RST in CLOSE-WAIT: Linux says EPIPE
+                assert wait_for(lambda: half.getsockopt(ksocket.SOL_SOCKET, ksocket.SO_ERROR), "RST") == errno.EPIPE
+                half.close()
             wait_for(lambda: not proxy.server_alive, "news of the server's end")
             start = time.monotonic()
             with pytest.raises(OSError) as caught:
@@ -648,5 +656,12 @@ class TestEnd:
                 app.close()
                 assert peer.recv(100) == b""
                 peer.close()
+                bed.server = bed.start()  # its socket files and rules lie there still
+                with tcp(bed.proxy()) as again:
+                    again.connect(listening.getsockname())
+                    peer, _ = listening.accept()
+                    again.sendall(b"new life")
+                    assert peer.recv(100) == b"new life"
+                    peer.close()
         finally:
             bed.close()

@@ -171,7 +171,12 @@ class Proxy(Host):
         try:
             message = self._rpc(p.Call.CONNECT, request, timeout=None if timeout_ns < 0 else timeout_ns / 1e9)
             self._answer(message, p.Connected)
+            if session.closed:  # by another thread, while this one waited
+                raise InterruptedError
             self.engine.import_session(session, message.ool[0], number)
+        except InterruptedError:
+            self._forget(number, reset=True)
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
         except BaseException as error:
             refused = isinstance(error, OSError) and not isinstance(error, TimeoutError)
             if not refused:  # timed out here, interrupted, or the state could not be taken: nobody else will end it
@@ -225,9 +230,9 @@ class Proxy(Host):
         """See Host. Credits go back in batches of half a backlog, so that the server can always send the other half."""
         number = listener.session_id
         with self._lock:
+            self._sessions[session.session_id] = session
             if number not in self._listeners:
                 return
-            self._sessions[session.session_id] = session
             self._credits[number] += 1
             count = self._credits[number]
             if count * 2 < self._backlogs[number]:
@@ -239,7 +244,7 @@ class Proxy(Host):
         """See Host. A TCP session goes back to the server with its unsent data; the FIN exchange runs there."""
         number = session.session_id
         with self._lock:
-            connecting = self._connecting.pop(number, None) is not None
+            self._connecting.pop(number, None)
             listening = self._listeners.pop(number, None) is not None
             self._backlogs.pop(number, None)
             self._credits.pop(number, None)
@@ -250,12 +255,13 @@ class Proxy(Host):
             return
         if listening:
             self._abort_queue(session)
-        if self._gone or not session.live or session.kind == UDP or listening or abort or session.state == "CLOSED":
+        live = session.live
+        if self._gone or not live or session.kind == UDP or listening or abort or session.state == "CLOSED":
             # Without a server the end of a session runs here, as long as this process does.
-            if session.live or listening:
-                self.engine.close_session(session, linger_abort=abort)
+            self.engine.close_session(session, linger_abort=abort)
             if number:
-                self._forget(number, reset=connecting, wait=named)
+                # Not live: perhaps it is on its way here. Then nobody but the server can tell the peer.
+                self._forget(number, reset=not live, wait=named)
             return
         self._return(session, number)
 
@@ -276,7 +282,8 @@ class Proxy(Host):
                 self._rpc(p.Call.DETACH, p.Nothing(), timeout=DETACH_TIMEOUT_S)
         self.engine.close()
         self._task.close()
-        self.link.close()
+        if not self.engine.counters()["buf_lent"]:  # else the ring goes with the last buffer lent
+            self.link.close()
         self.engine.resolver = self.engine.on_strays = None  # no circle keeps descriptors open
         with _hosts_lock:
             for key in [key for key, host in _hosts.items() if host is self]:

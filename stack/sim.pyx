@@ -301,6 +301,8 @@ cdef class Endpoint:
                        s.ts_val if s.has_ts else None, s.ts_ecr if s.has_ts else None, s.seq, s.ack)
 
     cdef void slot_free(self, uint32_t slot):
+        if self.slots is None:
+            return                       # the garbage collector was here
         left = self.slots.get(slot)
         if left is None:
             raise AssertionError(f"{self.name}: slot {slot} released but not held (seed {self.sim.seed})")
@@ -505,6 +507,8 @@ cdef class Endpoint:
     def drain(self, *, close: bool = False) -> None:
         """Read everything into ``received`` until the end of file; then close, when nothing is left to pour."""
         self.live()
+        if self.listening and self.pcb.state == TCP_CLOSED and self.pcb.flags & TF_OPENED:
+            self.make_pcb()              # the next connection's data, not the end of the last one
         self.draining = True
         self.drain_close = close
         self.finished = None

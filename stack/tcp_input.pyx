@@ -410,13 +410,14 @@ cdef void in_other_states(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg) noexcept nog
             tcp_want_ack(pcb)
     elif not on_ack(env, pcb, seg, seq, n):
         return
-    if n and not on_data(env, pcb, seg, data, n, seq):
-        return
-    if fin and not pcb.flags & TF_FIN_SEEN and pcb.state >= TCP_ESTABLISHED:
+    if fin and not pcb.flags & TF_FIN_SEEN:
+        # Before the data: pieces that a lying peer sent beyond its FIN must not be delivered with it.
         pcb.flags |= TF_FIN_SEEN
         pcb.rcv_fin = seq + n
         ooo_cut(env.bufs, &pcb.ooo, pcb.rcv_fin)
         tcp_want_ack(pcb)
+    if n and not on_data(env, pcb, seg, data, n, seq):
+        return
     pcb.bytes_in += pcb.rcv_nxt - before
     env.counters.bytes_in += pcb.rcv_nxt - before
     if pcb.flags & TF_FIN_SEEN and not pcb.flags & TF_EOF and pcb.rcv_nxt == pcb.rcv_fin:

@@ -67,10 +67,8 @@ cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out) noexcept nogil:
             field = wnd if wnd < 0xFFFF else 0xFFFF            # RFC 7323 2.2: never scaled
             wnd = field
         else:
-            # Rounded up where rounding down would take back what was announced.
+            # Rounded down, as RFC 7323 2.4 allows: rcv_adv keeps what was announced, and we honour it.
             field = wnd >> pcb.rcv_wscale
-            if (field << pcb.rcv_wscale) < pcb.rcv_adv - pcb.rcv_nxt:
-                field += 1
             if field > 0xFFFF:
                 field = 0xFFFF
             wnd = field << pcb.rcv_wscale
@@ -355,13 +353,13 @@ cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
             pcb.rtt.timed_seq = pcb.snd_nxt
             pcb.rtt.timed_ns = env.now_ns
         pcb.flags &= ~<uint32_t>TF_PROBED
-        if flight == 0:
-            pcb.progress_ns = env.now_ns
+        if pcb.snd_max == pcb.snd_una:
+            pcb.progress_ns = env.now_ns       # the wait begins
         if sent % mss:
             pcb.snd_sml = pcb.snd_nxt + sent
         pcb.snd_nxt += sent
         if seq_gt(pcb.snd_nxt, pcb.snd_max):
-            pcb.bytes_out += pcb.snd_nxt - pcb.snd_max
+            pcb.bytes_out += pcb.snd_nxt - pcb.snd_max - (1 if seq_gt(pcb.snd_nxt, end) else 0)
             pcb.snd_max = pcb.snd_nxt
         if tcp_timer_is_off(pcb, TT_REXMT) or pcb.flags & TF_PERSIST:
             tcp_arm_rexmt(pcb, env.now_ns)

@@ -117,9 +117,7 @@ cdef class Buffer:
         self.seg = NULL
         with nogil:
             engine_lock(e)
-            e.bufs.lent -= 1
-            seg.lent = 0
-            rxseg_free(&e.bufs, seg)
+            rxseg_free(&e.bufs, seg)         # counts it as given back
             engine_unlock(e)
 
     def __enter__(self):

@@ -1,4 +1,4 @@
-"""Mach's calls on a task's name space, and the bootstrap names: what LocalTask calls and the hub does for remote tasks."""
+"""Mach's calls on a task's name space, and the bootstrap names; the hub makes them for local and remote tasks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -44,10 +44,13 @@ def default_policy(name: str, sender: Sender, hub: Sender) -> bool:
     return sender.uid in (0, hub.uid) or name.startswith(f"user.{sender.uid}.")
 
 
+Policy = Callable[[str, Sender, Sender], bool]
+
+
 class Calls:
     """The calls, each on a given space. Refusals raise MachError; nothing is changed then."""
 
-    def __init__(self, kernel: Kernel, bootstrap_policy: Callable[[str, Sender, Sender], bool] = default_policy) -> None:
+    def __init__(self, kernel: Kernel, bootstrap_policy: Policy = default_policy) -> None:
         self.kernel = kernel
         self.policy = bootstrap_policy
         # Holds the receive rights nobody has checked in for and send rights to what is published.
@@ -92,7 +95,7 @@ class Calls:
             self.kernel.drop_entry(entry)
 
     def _destroy_receive(self, entry: Entry) -> None:
-        """The receive right goes; a send right under the same name becomes a dead name, or stays if the port lives on."""
+        """The receive right goes; a send right under its name becomes a dead name, or stays if the port lives on."""
         port = entry.port
         self.kernel.recall(port)
         entry.bits &= ~int(RightSet.RECEIVE)
@@ -120,7 +123,8 @@ class Calls:
             return
         if right in (Right.RECEIVE, Right.SEND_ONCE):
             if delta != -1:
-                raise MachError(KernReturn.KERN_INVALID_VALUE, f"{Right(right).name} has one reference, delta was {delta}")
+                what = f"{Right(right).name} has one reference, delta was {delta}"
+                raise MachError(KernReturn.KERN_INVALID_VALUE, what)
             if right == Right.RECEIVE:
                 self._destroy_receive(entry)
             else:
@@ -129,7 +133,7 @@ class Calls:
             return
         urefs = entry.urefs + delta
         if urefs < 0:
-            raise MachError(KernReturn.KERN_INVALID_VALUE, f"name {name} has {entry.urefs} references, delta was {delta}")
+            raise MachError(KernReturn.KERN_INVALID_VALUE, f"name {name} has {entry.urefs} references, delta {delta}")
         if urefs > MACH_PORT_UREFS_MAX:
             raise MachError(KernReturn.KERN_UREFS_OVERFLOW, f"at most {MACH_PORT_UREFS_MAX} references")
         if urefs:
@@ -166,7 +170,7 @@ class Calls:
         if new in space.entries:
             raise MachError(KernReturn.KERN_NAME_EXISTS, f"name {new} is in use")
         if entry.bits & RightSet.RECEIVE and entry.port.unacked:
-            raise MachError(KernReturn.KERN_FAILURE, f"messages to {old} are on their way to the task; receive them first")
+            raise MachError(KernReturn.KERN_FAILURE, f"messages to {old} are on their way: receive them first")
         del space.entries[old]
         entry.name = new
         space.entries[new] = entry
@@ -231,7 +235,7 @@ class Calls:
     def request_notification(
         self, space: Space, name: int, variant: int, sync: int, notify: int, disposition: int = MsgType.MAKE_SEND_ONCE
     ) -> int:
-        """mach_port_request_notification; returns the previous request's send-once right (PORT_NULL if there was none)."""
+        """mach_port_request_notification; returns the previous request's send-once right or PORT_NULL."""
         kernel = self.kernel
         if disposition not in (MsgType.MAKE_SEND_ONCE, MsgType.MOVE_SEND_ONCE):
             raise MachError(KernReturn.KERN_INVALID_VALUE, f"disposition {disposition} makes no send-once right")

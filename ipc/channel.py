@@ -1,4 +1,4 @@
-"""One ZeroMQ connection of a remote task to its hub, used by one thread at a time; waiting also notices the hub's death."""
+"""One ZeroMQ connection of a remote task to its hub, used by one thread at a time; waiting notices its death."""
 
 import threading
 import time
@@ -15,6 +15,7 @@ _POLLIN = int(zmq.POLLIN)
 # After a hang-up a reply may still be on its way through libzmq's own thread.
 _GRACE_MS = 50
 
+Context = zmq.Context[zmq.Socket[bytes]]
 Frames = tuple[bytes, list[Buffer]]
 
 
@@ -35,7 +36,7 @@ class ServerGone(MachError):
 class Channel:
     """A DEALER socket with the request numbers and the flow control of posts. Hold `lock` while using it."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: str, token: bytes, kind: int, side_fd: int) -> None:
+    def __init__(self, context: Context, path: str, token: bytes, kind: int, side_fd: int) -> None:
         self.path = path
         self.lock = threading.Lock()
         self.seq = 0
@@ -64,10 +65,14 @@ class Channel:
         else:
             self.sock.send(header)
 
+    def readable(self) -> bool:
+        """Is a frame there? (Also lets libzmq handle its commands.)"""
+        return bool(int(self.sock.get(zmq.EVENTS)) & _POLLIN)
+
     def wait(self, timeout_ms: int) -> bool:
-        """Wait for a frame; False when the time is over or another descriptor in `items` is ready. Raises ServerGone."""
+        """Wait for a frame; False: time is over, or only another descriptor of `items` is ready. Raises ServerGone."""
         sock = self.sock
-        if sock.get(zmq.EVENTS) & _POLLIN:
+        if self.readable():
             return True
         hung_up = False
         for what, _ in zmq.zmq_poll(self.items, timeout_ms):
@@ -99,7 +104,8 @@ class Channel:
             if op == Op.POSTED:
                 self.posted(data)
             elif op == Op.REFUSED:
-                raise PermissionError(wire.STATUS.unpack_from(data)[2], "the hub refused this process a connection", self.path)
+                number = wire.STATUS.unpack_from(data)[2]
+                raise PermissionError(number, "the hub refused this process a connection", self.path)
             elif wire.SHORT.unpack_from(data)[1] == seq:
                 return data, ool
             elif op == Op.REPLY:
@@ -136,4 +142,4 @@ def status_of(data: bytes) -> tuple[int, bytes]:
 def raise_status(code: int, what: str = "") -> None:
     """Raise what the hub refused with."""
     if code:
-        raise MachError(code_of(code), what)  # type: ignore[arg-type]
+        raise MachError(code_of(code), what)

@@ -8,6 +8,7 @@ ids begin with a zero byte and are never given twice in a hub's life; ids chosen
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import logging
@@ -16,16 +17,18 @@ import secrets
 import select
 import socket
 import stat
+import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import zmq
+import zmq.utils.garbage  # noqa: F401  first, so that _close_all below runs before it ends at exit
 
 from . import sidechannel, wire
-from .calls import Calls, default_policy
-from .codes import MachError, MachMsgReturn
+from .calls import Calls, Policy, default_policy
 from .local import LocalTask
 from .message import Buffer, Message, Sender
 from .ports import Kernel, Limits, Port, Space
@@ -38,6 +41,7 @@ Handler = Callable[[Message, Sender], object]
 
 # Frames handled between two looks at the side channels and the caller's own descriptors.
 _BATCH = 64
+_POLLIN = int(zmq.POLLIN)
 _LISTEN_BACKLOG = 1024
 
 
@@ -50,9 +54,10 @@ class Hub:
         *,
         mode: int = 0o600,
         limits: Limits | None = None,
-        bootstrap_policy: Callable[[str, Sender, Sender], bool] = default_policy,
+        bootstrap_policy: Policy = default_policy,
     ) -> None:
         self.path = os.fspath(path)
+        self.thread = threading.get_ident()
         self.limits = limits or Limits()
         self.counters: Counter[str] = Counter()
         self.sender = Sender(0, os.getpid(), os.geteuid(), os.getegid())
@@ -74,6 +79,7 @@ class Hub:
         local_space = Space(self.sender, 1 << 20)
         self._local = LocalTask(self, local_space)
         self._open(mode)
+        _hubs.add(self)
 
     # -- start and end ----------------------------------------------------------------------------------------------
 
@@ -93,7 +99,7 @@ class Hub:
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._watch(self._wake, lambda events: None)
-        self._watch(self._router.getsockopt(zmq.FD), lambda events: None)
+        self._watch(int(self._router.get(zmq.FD)), lambda events: None)
         self._watch(self._listener.fileno(), self._on_connect)
 
     def _remove_stale(self, name: str) -> None:
@@ -107,9 +113,10 @@ class Hub:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
                 try:
                     probe.connect(name)
-                except (ConnectionRefusedError, FileNotFoundError, OSError) as error:
-                    if error.errno in (errno.EACCES, errno.EPERM, errno.EAGAIN):
-                        raise
+                except OSError as error:
+                    number = error.errno or errno.EIO
+                    if number != errno.ECONNREFUSED:  # refused: nobody listens, the file is a dead hub's
+                        raise OSError(number, os.strerror(number), name) from None
                 else:
                     pid = sidechannel.peer_credentials(probe)[0]
                     raise OSError(errno.EADDRINUSE, f"already served at {self.path} by pid {pid}")
@@ -170,6 +177,14 @@ class Hub:
         self._epoll.close()
         os.close(self._wake)
 
+    def forked(self) -> None:
+        """In the child of a fork: the hub is the parent's; its death must show as a hang-up at once."""
+        self._closed = True
+        os.close(self._listener.detach())
+        for task in self._tasks.values():
+            os.close(task.sock.detach())
+        self._epoll.close()
+
     def __enter__(self) -> Hub:
         return self
 
@@ -215,8 +230,9 @@ class Hub:
 
     def poll(self, timeout: float | None = 0.0) -> int:
         """Handle what is there; wait for something first, at most `timeout` seconds (None: for ever)."""
-        if self._polling:
-            raise RuntimeError("Hub.poll was called from a handler")
+        if self._polling or self._closed:
+            what = "called from a handler" if self._polling else "closed, or of the parent process"
+            raise RuntimeError(f"Hub.poll: {what}")
         self._polling = True
         try:
             handled = self._read_router()
@@ -245,12 +261,12 @@ class Hub:
     def stir(self) -> None:
         """Make fileno() readable if there is work that no descriptor shows.
 
-        ZeroMQ's descriptor is edge-triggered: a send may have swallowed the sign of messages that wait (zmq_getsockopt(3),
-        ZMQ_FD). Called at the end of poll and after every operation from outside it.
+        ZeroMQ's descriptor is edge-triggered: a send may have swallowed the sign of messages that wait
+        (zmq_getsockopt(3), ZMQ_FD). Called at the end of poll and after every operation from outside it.
         """
         if self._polling or self._closed:
             return
-        if self._ready or self._dead or self._router.get(zmq.EVENTS) & zmq.POLLIN:
+        if self._ready or self._dead or int(self._router.get(zmq.EVENTS)) & _POLLIN:
             os.eventfd_write(self._wake, 1)
 
     def settle(self) -> None:
@@ -354,7 +370,7 @@ class Hub:
         router = self._router
         handled = self._run_ready() if self._ready else 0
         for _ in range(_BATCH):
-            if not router.get(zmq.EVENTS) & zmq.POLLIN:
+            if not int(router.get(zmq.EVENTS)) & _POLLIN:
                 break
             try:
                 rid = router.recv(zmq.NOBLOCK)
@@ -491,3 +507,22 @@ def _same_peer(frame: Any, sender: Sender) -> bool:
         return True  # a libzmq built without peer credentials: the token alone decides
 
 
+
+
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for hub in list(_hubs):
+        if not hub._closed:
+            hub.forked()
+
+
+def _close_all() -> None:
+    for hub in list(_hubs):
+        if hub.thread == threading.get_ident():
+            hub.close()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forked)

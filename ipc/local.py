@@ -57,7 +57,7 @@ class LocalTask:
         kernel.copyin(space, dest, disposition)
         reply = kernel.copyin(space, local, local_disposition) if local else None
         moved = [(KIND_OF[kind], kernel.copyin(space, name, kind)) for name, kind in body]
-        buffers = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool]
+        buffers: list[Buffer] = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool]
         kernel.enqueue(
             KMsg(
                 port, T_SEND_ONCE if once else T_SEND, id, bytes(inline), space.sender, reply,
@@ -93,7 +93,7 @@ class LocalTask:
         rights: Iterable[PortRight] = (),
         id: int | None = None,
     ) -> None:
-        """Answer a message, now or later. Does nothing when it carried no reply right or the caller is gone (counted)."""
+        """Answer a message, now or later. Nothing to do when it has no reply right or the caller is gone (counted)."""
         remote, message.remote = message.remote, PORT_NULL
         if not remote:
             return
@@ -116,7 +116,9 @@ class LocalTask:
         self._done()
         return message
 
-    def msg(self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL) -> Message | None:
+    def msg(
+        self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL
+    ) -> Message | None:
         """mach_msg: send, receive, or both; both never wait."""
         if options & MsgOption.SEND:
             self.send(

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from struct import Struct
+from typing import Protocol
 
 from .codes import (
     PORT_DEAD,
@@ -61,6 +62,26 @@ class Limits:
     backlog_per_connection: int = 256
 
 
+class Host(Protocol):
+    """Who receives for a space by being pushed to (a remote task)."""
+
+    def deliver(self, port: "Port") -> None: ...
+
+    def revoke(self, name: int) -> None: ...
+
+
+class Waiter(Protocol):
+    """Who waits for room in a port."""
+
+    def resume(self) -> None: ...
+
+
+class ReplyTo(Protocol):
+    """Where the message to an RPC's reply port goes."""
+
+    def reply(self, seq: int, message: "KMsg") -> None: ...
+
+
 class Port:
     """A protected queue with one receiver; `slot` is set for the one-message reply ports that the hub makes for RPC."""
 
@@ -69,7 +90,7 @@ class Port:
         "seqno", "slot", "sorights", "srights", "taken", "unacked", "waiters",
     )  # fmt: skip
 
-    def __init__(self, receiver: "Space | None" = None, slot: object = None) -> None:
+    def __init__(self, receiver: "Space | None" = None, slot: "tuple[ReplyTo, int] | None" = None) -> None:
         self.alive = True
         self.receiver = receiver
         self.name = PORT_NULL  # the receiver's name for it
@@ -86,7 +107,7 @@ class Port:
         self.ns_request: Port | None = None  # send-once rights to where the notification goes
         self.pd_request: Port | None = None
         self.holders: set[Entry] = set()
-        self.waiters: deque[object] = deque()  # senders parked by the hub, in order
+        self.waiters: deque[Waiter] = deque()  # senders parked by the hub, in order
 
     def full(self) -> bool:
         return len(self.queue) + len(self.unacked) >= self.qlimit
@@ -117,7 +138,7 @@ class Space:
         "alive", "by_port", "entries", "held_bytes", "held_fds", "host", "name_limit", "next_name", "sender",
     )  # fmt: skip
 
-    def __init__(self, sender: Sender, name_limit: int, host: object = None) -> None:
+    def __init__(self, sender: Sender, name_limit: int, host: "Host | None" = None) -> None:
         self.sender = sender
         self.host = host
         self.alive = True
@@ -137,6 +158,9 @@ class Space:
         return name
 
 
+Rights = list[tuple[int, Port | None]]
+
+
 class KMsg:
     """A message inside the hub: names are already rights. Whoever holds it owns its rights and descriptors."""
 
@@ -154,7 +178,7 @@ class KMsg:
         sender: Sender,
         reply: Port | None = None,
         reply_type: int = 0,
-        rights: "list[tuple[int, Port | None]] | None" = None,
+        rights: "Rights | None" = None,
         ool: "list[Buffer] | None" = None,
         fds: list[int] | None = None,
         charge: Space | None = None,
@@ -254,7 +278,7 @@ class Kernel:
         else:
             self.destroy_port(port)
 
-    def notify(self, request: Port, id: int, inline: bytes, rights: "list[tuple[int, Port | None]] | None" = None) -> None:
+    def notify(self, request: Port, id: int, inline: bytes, rights: "Rights | None" = None) -> None:
         """Send a notification; uses up the send-once right `request`."""
         message = KMsg(request, T_SEND_ONCE, id, inline, self.sender, rights=rights)
         if request.alive:
@@ -269,7 +293,7 @@ class Kernel:
             self.notify(request, Notify.NO_SENDERS, U32.pack(port.mscount))
 
     def notify_dead_name(self, entry: Entry, request: Port) -> None:
-        """Tell that a name is dead; this gives it a reference, so that the name is not reused before the news is read."""
+        """Tell that a name is dead; this gives it a reference, so that it is not reused before the news is read."""
         entry.urefs = min(entry.urefs + 1, MACH_PORT_UREFS_MAX)
         self.notify(request, Notify.DEAD_NAME, U32.pack(entry.name))
 
@@ -356,7 +380,7 @@ class Kernel:
     def check_rights(self, space: Space, wanted: "list[tuple[int, int]]", first: int = 0) -> None:
         """Raise unless every (name, disposition) can be copied in, in this order. Changes nothing.
 
-        They are the destination (index 0), the reply right (1) and the body's rights; `first` is the index they begin at.
+        They are the destination (index 0), the reply right (1) and the body's rights; the list begins at index `first`.
         """
         seen: dict[int, list[int]] = {}
         for index, (name, disposition) in enumerate(wanted, first):

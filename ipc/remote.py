@@ -11,6 +11,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import sidechannel, wire
@@ -232,10 +233,8 @@ class Conn:
     def _unwait(self) -> None:
         port, self.blocked = self.blocked, None
         if port is not None:
-            try:
+            with suppress(ValueError):
                 port.waiters.remove(self)
-            except ValueError:
-                pass
             # The wake-up this one may have been given must not get lost.
             if port.waiters:
                 self.task.hub.kernel.roomy.append(port)

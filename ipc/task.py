@@ -19,15 +19,26 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 import zmq
+import zmq.utils.garbage  # noqa: F401  first, so that _close_all below runs before it ends at exit
 
 from . import sidechannel, wire
 from .calls import PortStatus
 from .channel import Channel, Frames, ServerGone, raise_status, status_of
-from .codes import PORT_NULL, MachError, MachMsgReturn, MigReturn, MsgOption, MsgType, Notify, Right, RightSet
+from .codes import (
+    PORT_DEAD,
+    PORT_NULL,
+    MachError,
+    MachMsgReturn,
+    MigReturn,
+    MsgOption,
+    MsgType,
+    Notify,
+    Right,
+    RightSet,
+)
 from .message import Buffer, Message, PortRight, Sender
 from .receiver import Receiver
 from .wire import Op
@@ -53,7 +64,7 @@ class _Holder:
 
 
 class Task:
-    """Joins the hub at `path`. Usable from any thread of this process; not in a child after fork (make another there)."""
+    """Joins the hub at `path`. Usable from any thread of this process, not from a child after fork."""
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5.0) -> None:
         self.path = os.fspath(path)
@@ -65,7 +76,8 @@ class Task:
             data, fds = sidechannel.receive_packet(self._side, wire.WELCOME.size + 1, 1)
             sidechannel.close_all(fds)
             if len(data) != wire.WELCOME.size:
-                raise ConnectionRefusedError(errno.ECONNREFUSED, "the hub refused this process (too many tasks?)", self.path)
+                what = "the hub refused this process (too many tasks?)"
+                raise ConnectionRefusedError(errno.ECONNREFUSED, what, self.path)
             magic, version, self.hub_pid, self.task_id, self._token = wire.WELCOME.unpack(data)
             if magic != wire.MAGIC or version != wire.VERSION:
                 raise OSError(errno.EPROTO, f"no hub of version {wire.VERSION} serves this path", self.path)
@@ -172,8 +184,9 @@ class Task:
         remote_disposition: int = MsgType.AUTO,
         local_disposition: int = MsgType.MAKE_SEND_ONCE,
     ) -> None:
-        """Send a message and wait until it is in the port's queue. MACH_SEND_TIMED_OUT: it is not, and nothing moved."""
-        self._request(Op.SEND, dest, id, inline, ool, fds, rights, local, remote_disposition, local_disposition, timeout)
+        """Send a message and wait until it is in the port's queue. MACH_SEND_TIMED_OUT: it is not; nothing moved."""
+        dispositions = remote_disposition, local_disposition
+        self._request(Op.SEND, dest, id, inline, ool, fds, rights, local, *dispositions, timeout)
 
     def post(
         self,
@@ -188,7 +201,7 @@ class Task:
     ) -> None:
         """Send a message without waiting for the hub's word; in order with what this thread sends otherwise.
 
-        A refusal is counted (`posts_refused()`), not raised. Blocks when POST_WINDOW posts of this thread wait for room.
+        A refusal is counted (`posts_refused()`), not raised. Blocks while POST_WINDOW posts of this thread wait.
         """
         if any(right.disposition == MsgType.MOVE_RECEIVE for right in rights):
             self.send(dest, id, inline, ool=ool, fds=fds, rights=rights, local=local)
@@ -221,7 +234,10 @@ class Task:
     ) -> None:
         """Answer a received message. Does nothing when it carried no reply right or the caller is gone (counted)."""
         remote, message.remote = message.remote, PORT_NULL
-        if not remote or remote == 0xFFFFFFFF:
+        if not remote:
+            return
+        if remote == PORT_DEAD:
+            self.counters["reply dropped: caller is gone"] += 1
             return
         try:
             reply_id = message.id + 100 if id is None else id
@@ -233,7 +249,9 @@ class Task:
             with suppress(MachError):
                 self.deallocate(remote)
 
-    def msg(self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL) -> Message | None:
+    def msg(
+        self, message: Message, options: int, timeout: float | None = None, rcv_name: int = PORT_NULL
+    ) -> Message | None:
         """mach_msg: send, receive, or both (the receive is not tried if the send failed)."""
         if options & MsgOption.SEND:
             self.send(
@@ -327,7 +345,7 @@ class Task:
         local_disposition: int,
     ) -> None:
         """Descriptors first, on the side channel; then the message that names them."""
-        buffers = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool] if ool else []
+        buffers: list[Buffer] = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool] if ool else []
         tag = 0
         try:
             if fds:
@@ -335,8 +353,9 @@ class Task:
                     raise MachError(MachMsgReturn.MACH_SEND_TOO_LARGE, f"{len(fds)} descriptors in one message")
                 tag = next(self._tags)
             header = wire.REQUEST.pack(
-                op, remote_disposition, local_disposition, 0, seq, dest, local, id, tag, len(buffers), len(fds), len(body)
-            )
+                op, remote_disposition, local_disposition, 0, seq, dest, local, id, tag,
+                len(buffers), len(fds), len(body),
+            )  # fmt: skip
         except struct.error as error:
             raise MachError(MachMsgReturn.MACH_SEND_INVALID_HEADER, str(error)) from None
         if body:
@@ -414,7 +433,8 @@ class Task:
         if self._thread is not None:
             raise RuntimeError("the receiver thread of this task runs already")
         chosen = None if names is None else list(names)
-        self._thread = threading.Thread(target=self._run, args=(receiver, handler, chosen), name="ulnet-ipc", daemon=True)
+        arguments = (receiver, handler, chosen)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="ulnet-ipc", daemon=True)
         self._thread.start()
 
     def _run(self, receiver: Receiver, handler: Callable[[Message, Sender], object], names: list[int] | None) -> None:
@@ -540,7 +560,7 @@ class Task:
     def request_notification(
         self, name: int, variant: Notify, sync: int, notify: int, disposition: MsgType = MsgType.MAKE_SEND_ONCE
     ) -> int:
-        """Ask for DEAD_NAME, NO_SENDERS or PORT_DESTROYED; returns the previous request's send-once right or PORT_NULL."""
+        """Ask for DEAD_NAME, NO_SENDERS or PORT_DESTROYED; returns the request this one replaces (or PORT_NULL)."""
         return int(self._call("request_notification", name, int(variant), sync, notify, int(disposition)))
 
     def check_in(self, name: str) -> int:
@@ -608,14 +628,14 @@ class Task:
 
     def forked(self) -> None:
         """In the child of a fork: the connections are the parent's."""
-        self._unusable = f"this task ({self.path}) belongs to process {self._pid}; a child after fork makes its own Task"
+        self._unusable = f"this task ({self.path}) belongs to process {self._pid}; a forked child makes its own"
         # Only the parent's copy may keep the side channel open, so that its death shows as a hang-up.
         os.close(self._side.detach())
 
     def __enter__(self) -> Task:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

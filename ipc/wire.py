@@ -41,7 +41,8 @@ class Op(IntEnum):
 REQUEST = Struct("<BBBBIIIiQHHI")
 # name, disposition, serial of the last message taken (MOVE_RECEIVE)
 RIGHT = Struct("<IIQ")
-# op, remote type, 0, 0, seq, remote, local, id, descriptor tag, buffers, descriptors, rights, task, pid, uid, gid, seqno, serial
+# op, remote type, 0, 0, seq, remote, local, id, descriptor tag, buffers, descriptors, rights,
+# task, pid, uid, gid, seqno, serial
 MESSAGE = Struct("<BBBBIIIiQHHIIIIIIQ")
 # name, type
 GIVEN = Struct("<II")

@@ -38,6 +38,7 @@ class Channel:
 
     def __init__(self, context: Context, path: str, token: bytes, kind: int, side_fd: int) -> None:
         self.path = path
+        self._key = token[-wire.KEY_BYTES :]
         self.lock = threading.Lock()
         self.seq = 0
         self.posts_sent = 0
@@ -61,9 +62,9 @@ class Channel:
     def send(self, header: bytes, ool: list[Buffer]) -> None:
         """Never blocks: the queue in this process is unbounded, and what goes in is bounded."""
         if ool:
-            self.sock.send_multipart([header, *ool], copy=False)
+            self.sock.send_multipart([self._key + header, *ool], copy=False)
         else:
-            self.sock.send(header)
+            self.sock.send(self._key + header)
 
     def readable(self) -> bool:
         """Is a frame there? (Also lets libzmq handle its commands.)"""

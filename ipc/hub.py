@@ -2,8 +2,8 @@
 
 `poll` -> `_read_router` -> `Conn.receive` -> kernel -> `settle` (deliver what is queued, resume who waits) -> handlers
 of the local task. A task is admitted on the side channel by the kernel's credentials; each of its ZeroMQ connections
-must begin with the token it got there, and libzmq must report the same process ("Peer-Address"). ZeroMQ's own routing
-ids begin with a zero byte and are never given twice in a hub's life; ids chosen by peers could be, so they are refused.
+must begin with the token it got there, and libzmq must report the same process ("Peer-Address"). Later
+frames carry the token's second half, because a routing id is no proof: see wire.py.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Hub:
         try:
             self._listener.bind(side_path)
             self._router.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.MAXMSGSIZE, self.limits.message_bytes + wire.REQUEST.size)
+            self._router.setsockopt(zmq.MAXMSGSIZE, self.limits.message_bytes + wire.REQUEST.size + wire.KEY_BYTES)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._router.setsockopt(zmq.BACKLOG, _LISTEN_BACKLOG)
             self._router.setsockopt(zmq.RCVHWM, 256)
@@ -406,7 +406,7 @@ class Hub:
     def _admit(self, rid: bytes, frames: list[Any]) -> None:
         """The first frame of a connection: only a task's token opens it."""
         hello = bytes(frames[0]) if len(frames) == 1 and len(frames[0]) == wire.HELLO.size else b""
-        if rid[:1] != b"\0" or not hello or hello[0] != Op.HELLO or hello[1] != wire.VERSION:
+        if not hello or hello[0] != Op.HELLO or hello[1] != wire.VERSION:
             self.counters["frame dropped: unknown peer"] += 1
             return
         _, _, kind, token = wire.HELLO.unpack(hello)

@@ -68,6 +68,10 @@ class Conn:
     def receive(self, data: bytes, ool: list[Buffer]) -> None:
         """A frame from the peer."""
         hub = self.task.hub
+        if not data.startswith(self.task.key):
+            hub.counters["frame dropped: not the connection's key"] += 1
+            return
+        data = data[wire.KEY_BYTES :]
         op = data[0] if data else 0
         if op == Op.CANCEL and len(data) == wire.SHORT.size:
             self._cancel(wire.SHORT.unpack(data)[1])
@@ -303,6 +307,7 @@ class RemoteTask:
         self.sock = sock
         self.sender = sender
         self.token = token
+        self.key = token[-wire.KEY_BYTES :]
         self.pidfd = pidfd
         self.space = Space(sender, hub.limits.names_per_task, self)
         self.conns: dict[bytes, Conn] = {}

@@ -12,6 +12,7 @@ from .message import Buffer
 from .wire import Op
 
 _POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
 # After a hang-up a reply may still be on its way through libzmq's own thread.
 _GRACE_MS = 50
 
@@ -53,7 +54,7 @@ class Channel:
         self.sock.send(wire.HELLO.pack(Op.HELLO, wire.VERSION, kind, token))
         # Events 0 on the side channel: only its hang-up, not descriptors that arrive on it.
         self.side_fd = side_fd
-        self.items: list[tuple[Any, int]] = [(self.sock, zmq.POLLIN), (side_fd, zmq.POLLERR)]
+        self.items: list[tuple[Any, int]] = [(self.sock, _POLLIN), (side_fd, int(zmq.POLLERR))]
 
     def next_seq(self) -> int:
         self.seq = (self.seq + 1) & 0xFFFFFFFF
@@ -64,7 +65,7 @@ class Channel:
         if ool:
             self.sock.send_multipart([self._key + header, *ool], copy=False)
         else:
-            self.sock.send(self._key + header)
+            self.sock.send(self._key + header, _NOBLOCK)
 
     def readable(self) -> bool:
         """Is a frame there? (Also lets libzmq handle its commands.)"""
@@ -73,8 +74,6 @@ class Channel:
     def wait(self, timeout_ms: int) -> bool:
         """Wait for a frame; False: time is over, or only another descriptor of `items` is ready. Raises ServerGone."""
         sock = self.sock
-        if self.readable():
-            return True
         hung_up = False
         for what, _ in zmq.zmq_poll(self.items, timeout_ms):
             if what is sock:
@@ -88,13 +87,12 @@ class Channel:
 
     def read(self) -> Frames:
         """The next frame (there is one) and the out-of-line buffers with it."""
-        data = self.sock.recv()
+        frame = self.sock.recv(_NOBLOCK, copy=False)
+        data = frame.bytes
         ool: list[Buffer] = []
-        more = bool(self.sock.get(zmq.RCVMORE))
-        while more:
-            frame = self.sock.recv(copy=False)
+        while frame.more:
+            frame = self.sock.recv(_NOBLOCK, copy=False)
             ool.append(frame.buffer.toreadonly())
-            more = frame.more
         return data, ool
 
     def answer(self, seq: int, deadline: float | None) -> Frames | None:

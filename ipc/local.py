@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .calls import KIND_OF, PortStatus
 from .codes import PORT_NULL, KernReturn, MachError, MachMsgReturn, MsgOption, MsgType, Notify, Right, RightSet
-from .message import Buffer, Message, PortRight
+from .message import Buffer, Message, PortRight, close_fd
 from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE, KMsg, Port, Space
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class LocalTask:
     ) -> None:
         """Queue a message. MACH_SEND_TIMED_OUT when the queue is full, whatever the timeout: the hub cannot wait."""
         kernel, space = self._kernel, self.space
+        if not -(1 << 31) <= id < 1 << 31:
+            raise MachError(MachMsgReturn.MACH_SEND_INVALID_HEADER, f"message id {id} is no 32-bit number")
         port, disposition = kernel.peek(space, dest, remote_disposition)
         once = disposition in (T_SEND_ONCE, MsgType.MAKE_SEND_ONCE)
         if not once and port.full():
@@ -53,11 +55,11 @@ class LocalTask:
             for name, kind in body:
                 if kind == T_RECEIVE and name and kernel.circular(port, space.entries[name].port):
                     raise MachError(MachMsgReturn.MACH_SEND_INVALID_RIGHT, f"receive right {name} sent to itself")
-        owned = [os.dup(fd) for fd in fds]
+        buffers: list[Buffer] = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool]
+        owned = _duplicates(fds)
         kernel.copyin(space, dest, disposition)
         reply = kernel.copyin(space, local, local_disposition) if local else None
         moved = [(KIND_OF[kind], kernel.copyin(space, name, kind)) for name, kind in body]
-        buffers: list[Buffer] = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool]
         kernel.enqueue(
             KMsg(
                 port, T_SEND_ONCE if once else T_SEND, id, bytes(inline), space.sender, reply,
@@ -233,3 +235,16 @@ class LocalTask:
     def register(self, name: str, port: int) -> None:
         self._hub.calls.register(self.space, name, port)
         self._done()
+
+
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    """The message's own copies of the caller's descriptors."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        for fd in copies:
+            close_fd(fd)
+        raise
+    return copies

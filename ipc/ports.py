@@ -34,6 +34,9 @@ MACH_PORT_UREFS_MAX = 65535
 # chain without a bound, we refuse beyond this depth.
 TRANSIT_DEPTH_MAX = 64
 
+# Charged for the objects of a queued message besides its bytes, so that empty ones are bounded as well.
+MESSAGE_OVERHEAD = 1024
+
 U32 = Struct("<I")
 
 _SEND = int(RightSet.SEND)
@@ -49,12 +52,14 @@ class Limits:
     """What a peer can make the hub hold. Beyond: the call is refused with a code, or the frame dropped and counted."""
 
     tasks: int = 4096
+    tasks_per_user: int = 1024  # root and the hub's user excepted
     connections_per_task: int = 1024
     names_per_task: int = 65536
     bootstrap_names: int = 4096
     inline_bytes: int = 1 << 20
     message_bytes: int = 64 << 20
-    held_bytes_per_task: int = 256 << 20
+    held_bytes_per_task: int = 256 << 20  # what it has sent and nobody has received
+    notifications_per_port: int = 16384  # queued in one port; a program can notify itself without end
     rights_per_message: int = 1024
     buffers_per_message: int = 256
     fds_per_message: int = 64  # the kernel's own limit is 253 (SCM_MAX_FD)
@@ -200,7 +205,7 @@ class KMsg:
         self.out_names: list[int] = []
         self.nbytes = 0
         if charge is not None:
-            nbytes = len(inline)
+            nbytes = len(inline) + MESSAGE_OVERHEAD
             for buffer in self.ool:
                 nbytes += memoryview(buffer).nbytes
             self.nbytes = nbytes
@@ -274,16 +279,18 @@ class Kernel:
                 self.no_senders(port)
         elif kind == T_SEND_ONCE:
             # A send-once right yields exactly one message; the notification takes the right along.
-            self.enqueue(KMsg(port, T_SEND_ONCE, Notify.SEND_ONCE, b"", self.sender))
+            self.notify(port, Notify.SEND_ONCE, b"")
         else:
             self.destroy_port(port)
 
     def notify(self, request: Port, id: int, inline: bytes, rights: "Rights | None" = None) -> None:
         """Send a notification; uses up the send-once right `request`."""
         message = KMsg(request, T_SEND_ONCE, id, inline, self.sender, rights=rights)
-        if request.alive:
+        if request.alive and len(request.queue) < self.limits.notifications_per_port:
             self.enqueue(message)
         else:
+            if request.alive:
+                self.counters["notification dropped: receiver does not read"] += 1
             self.garbage.append(message)
 
     def no_senders(self, port: Port) -> None:

@@ -35,7 +35,7 @@ class Receiver:
         self._channel = channel
         self._side_fd = side_fd
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        channel.items.append((self._wake, zmq.POLLIN))
+        channel.items.append((self._wake, int(zmq.POLLIN)))
         self._cond = threading.Condition()
         self._leading = False
         self._inbox: dict[int, deque[tuple[int, Message]]] = {}

@@ -99,6 +99,7 @@ class Task:
         self._channels: list[Channel] = []
         self._receiver: Receiver | None = None
         self._make_lock = threading.Lock()
+        self._receiver_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._death_callbacks: list[Callable[[], object]] = []
         _tasks.add(self)
@@ -135,15 +136,10 @@ class Task:
     def _receive_side(self) -> Receiver:
         """The receiver; from its first use on the hub pushes messages."""
         self._check_usable()
-        if self._receiver is None:
-            channel = self._new_channel(wire.KIND_RECEIVER)
-            with self._make_lock:
-                if self._receiver is None:
-                    self._receiver = Receiver(self, channel, self._side.fileno())
-                else:  # another thread was faster; the hub refuses a second one
-                    self._channels.remove(channel)
-                    channel.close()
-        return self._receiver
+        with self._receiver_lock:  # the hub refuses a second one
+            if self._receiver is None:
+                self._receiver = Receiver(self, self._new_channel(wire.KIND_RECEIVER), self._side.fileno())
+            return self._receiver
 
     # -- sending ----------------------------------------------------------------------------------------------------
 

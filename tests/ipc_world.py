@@ -149,3 +149,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
         if value or time.monotonic() > end:
             return value
         time.sleep(0.005)
+
+
+def at_end(fd: int) -> bool:
+    """Has the last writer of this non-blocking pipe closed it?"""
+    try:
+        return os.read(fd, 1) == b""
+    except BlockingIOError:
+        return False

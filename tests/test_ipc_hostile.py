@@ -168,8 +168,9 @@ def test_random_frames_are_counted_and_harm_nobody(world, peer, seed):
     sock.send(b"")
     sock.send(rng.randbytes(60))
     echo_works(world)
-    counters = world.counters()
-    assert counters["frame dropped: malformed"] > 20 and counters["frame dropped: not the connection's key"] == 2
+    assert wait_for(lambda: world.counters().get("frame dropped: not the connection's key") == 2)
+    assert world.counters()["frame dropped: malformed"] > 20
+    assert "task ended: internal error" not in world.counters()
     peer.end()
     assert wait_for(lambda: not world.call(lambda hub: hub._tasks))
 
@@ -311,6 +312,35 @@ def test_nested_rights_pushed_and_never_taken_are_recalled_without_recursion(wor
     assert wait_for(lambda: len(world.call(lambda hub: hub.tasks())) == 1)
     a.close()
     assert wait_for(lambda: len(world.call(lambda hub: hub.tasks())) == 0)
+
+
+def test_a_program_cannot_fill_the_hub_with_notifications_to_itself(tmp_path):
+    world = World(str(tmp_path / "hub"), limits=Limits(notifications_per_port=50, held_bytes_per_task=1 << 20))
+    try:
+        task = world.task()
+        port = task.allocate()
+        for _ in range(60):
+            task.deallocate(task.extract_right(port, MsgType.MAKE_SEND_ONCE))
+        assert task.get_attributes(port).msgcount == 50
+        assert world.counters()["notification dropped: receiver does not read"] == 10
+        other = task.allocate()
+        once = MsgType.MAKE_SEND_ONCE
+        with pytest.raises(MachError) as caught:  # send-once rights pass the queue limit, but not this one
+            for _ in range(1100):
+                task.send(other, 1, remote_disposition=once)
+        assert caught.value.code == MachMsgReturn.MACH_SEND_NO_BUFFER
+    finally:
+        world.end()
+
+
+def test_a_hole_in_the_checks_costs_only_the_peer_that_found_it(world, peer, monkeypatch):
+    from ulnet.ipc import remote
+
+    monkeypatch.setattr(remote.RemoteTask, "taken", lambda self, name, serial: 1 // 0)
+    sock = peer.connect()
+    peer.send(sock, wire.TAKEN.pack(Op.TAKEN, 1, 1))
+    assert wait_for(lambda: [s.task for s in world.dead] == [peer.task_id])
+    assert world.counters()["task ended: internal error"] == 1
 
 
 def test_tasks_that_come_and_go_quickly(world):

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from ipc_world import ECHO, World, wait_for
+from ipc_world import ECHO, World, at_end, wait_for
 
 from ulnet.ipc import (
     PORT_DEAD,
@@ -57,13 +57,6 @@ def give(a, b, to_b, inbox, name, disposition):
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
-
-
-def at_end(fd):
-    try:
-        return os.read(fd, 1) == b""
-    except BlockingIOError:
-        return False
 
 
 def test_rpc_returns_inline_memory_and_descriptors(world):

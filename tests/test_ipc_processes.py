@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from ipc_world import ECHO, Program, World, wait_for
+from ipc_world import ECHO, Program, World, at_end, wait_for
 
 from ulnet.ipc import Hub, MachError, MachMsgReturn, MigReturn, MsgType, Notify, PortRight, Right, RightSet, Task
 
@@ -97,7 +97,7 @@ hear()
     os.close(write2)
     assert [os.read(read1, 9), os.read(read2, 9)] == [b"one", b"two"]
     os.set_blocking(read1, False)
-    assert wait_for(lambda: os.read(read1, 1) == b"")
+    assert wait_for(lambda: at_end(read1))
     os.close(read1)
     os.close(read2)
 

@@ -100,7 +100,7 @@ from .codes import (
 from .hub import Hub
 from .local import LocalTask
 from .message import Message, PortRight, Sender
-from .ports import Limits
+from .objects import Limits
 from .subsystem import DEFERRED, Subsystem
 from .task import Task
 

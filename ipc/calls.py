@@ -13,7 +13,8 @@ from .codes import (
     RightSet,
 )
 from .message import Sender
-from .ports import MACH_PORT_QLIMIT_MAX, MACH_PORT_UREFS_MAX, T_RECEIVE, T_SEND, T_SEND_ONCE, Entry, Kernel, Port, Space
+from .objects import MACH_PORT_QLIMIT_MAX, MACH_PORT_UREFS_MAX, Entry, Port, Space
+from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE, Kernel
 
 _BITS = {
     Right.SEND: int(RightSet.SEND),
@@ -154,9 +155,9 @@ class Calls:
             return 0
         return 1 if right in (Right.RECEIVE, Right.SEND_ONCE) else entry.urefs
 
-    def names(self, space: Space) -> dict[int, RightSet]:
+    def names(self, space: Space) -> list[tuple[int, int]]:
         """mach_port_names: every name with what it denotes."""
-        return {name: RightSet(entry.bits) for name, entry in space.entries.items()}
+        return [(name, entry.bits) for name, entry in space.entries.items()]
 
     def type(self, space: Space, name: int) -> RightSet:
         """mach_port_type."""

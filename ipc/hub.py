@@ -31,7 +31,8 @@ from . import sidechannel, wire
 from .calls import Calls, Policy, default_policy
 from .local import LocalTask
 from .message import Buffer, Message, Sender
-from .ports import Kernel, Limits, Port, Space
+from .objects import Limits, Port, Space
+from .ports import Kernel
 from .remote import Conn, RemoteTask
 from .wire import Op
 

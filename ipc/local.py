@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .calls import KIND_OF, PortStatus
-from .codes import PORT_NULL, KernReturn, MachError, MachMsgReturn, MsgOption, MsgType, Notify, Right, RightSet
+from .calls import KIND_OF
+from .codes import PORT_NULL, KernReturn, MachError, MachMsgReturn, MsgOption, MsgType, RightSet
 from .message import Buffer, Message, PortRight, close_fd
-from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE, KMsg, Port, Space
+from .names import Names
+from .objects import KMsg, Port, Space
+from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE
 
 if TYPE_CHECKING:
     from .hub import Hub
 
 
-class LocalTask:
+class LocalTask(Names):
     """The task of the process that hosts the hub. Same thread as Hub.poll; a full queue refuses at once."""
 
     def __init__(self, hub: Hub, space: Space) -> None:
@@ -168,73 +170,12 @@ class LocalTask:
         self._hub.settle()
         self._hub.stir()
 
-    # -- names ------------------------------------------------------------------------------------------------------
-
-    def allocate(self, right: Right = Right.RECEIVE) -> int:
-        return self._hub.calls.allocate(self.space, right)
-
-    def destroy(self, name: int) -> None:
-        entry = self.space.entries.get(name)
+    def _call(self, method: str, *arguments: Any, leaving: int = PORT_NULL) -> Any:
+        entry = self.space.entries.get(leaving)
         port = entry.port if entry is not None else None
-        self._hub.calls.destroy(self.space, name)
+        result = getattr(self._hub.calls, method)(self.space, *arguments)
         self._done(port)
-
-    def deallocate(self, name: int) -> None:
-        self._hub.calls.deallocate(self.space, name)
-        self._done()
-
-    def mod_refs(self, name: int, right: Right, delta: int) -> None:
-        entry = self.space.entries.get(name)
-        port = entry.port if entry is not None else None
-        self._hub.calls.mod_refs(self.space, name, right, delta)
-        self._done(port)
-
-    def get_refs(self, name: int, right: Right) -> int:
-        return self._hub.calls.get_refs(self.space, name, right)
-
-    def names(self) -> dict[int, RightSet]:
-        return self._hub.calls.names(self.space)
-
-    def type(self, name: int) -> RightSet:
-        return self._hub.calls.type(self.space, name)
-
-    def rename(self, old: int, new: int) -> None:
-        self._hub.calls.rename(self.space, old, new)
-
-    def insert_right(self, name: int, port: int, disposition: MsgType) -> None:
-        self._hub.calls.insert_right(self.space, name, port, disposition)
-        self._done()
-
-    def extract_right(self, name: int, disposition: MsgType) -> int:
-        result = self._hub.calls.extract_right(self.space, name, disposition)
-        self._done()
         return result
-
-    def get_attributes(self, name: int) -> PortStatus:
-        return self._hub.calls.get_attributes(self.space, name)
-
-    def set_attributes(self, name: int, qlimit: int) -> None:
-        self._hub.calls.set_attributes(self.space, name, qlimit)
-        self._done()
-
-    def request_notification(
-        self, name: int, variant: Notify, sync: int, notify: int, disposition: MsgType = MsgType.MAKE_SEND_ONCE
-    ) -> int:
-        previous = self._hub.calls.request_notification(self.space, name, variant, sync, notify, disposition)
-        self._done()
-        return previous
-
-    def check_in(self, name: str) -> int:
-        port = self._hub.calls.check_in(self.space, name)
-        self._done()
-        return port
-
-    def look_up(self, name: str) -> int:
-        return self._hub.calls.look_up(self.space, name)
-
-    def register(self, name: str, port: int) -> None:
-        self._hub.calls.register(self.space, name, port)
-        self._done()
 
 
 def _duplicates(fds: Sequence[int]) -> list[int]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from . import sidechannel, wire
 from .codes import KernReturn, MachError, MachMsgReturn, MsgType
 from .message import Buffer, Sender
-from .ports import MESSAGE_OVERHEAD, T_RECEIVE, T_SEND, T_SEND_ONCE, KMsg, Port, Space
+from .objects import MESSAGE_OVERHEAD, KMsg, Port, Space
+from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE
 from .wire import Op
 
 if TYPE_CHECKING:
@@ -286,8 +287,6 @@ class Conn:
         except MachError as error:
             self.status(seq, int(error.code), json.dumps(error.what).encode())
             return
-        if method == "names":
-            result = list(result.items())
         self.status(seq, 0, json.dumps(result).encode())
 
     # -- messages to the peer ---------------------------------------------------------------------------------------

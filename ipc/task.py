@@ -25,7 +25,6 @@ import zmq
 import zmq.utils.garbage  # noqa: F401  first, so that _close_all below runs before it ends at exit
 
 from . import sidechannel, wire
-from .calls import PortStatus
 from .channel import Channel, Frames, ServerGone, raise_status, status_of
 from .codes import (
     PORT_DEAD,
@@ -36,10 +35,9 @@ from .codes import (
     MsgOption,
     MsgType,
     Notify,
-    Right,
-    RightSet,
 )
 from .message import Buffer, Message, PortRight, Sender
+from .names import Names
 from .receiver import Receiver
 from .wire import Op
 
@@ -63,7 +61,7 @@ class _Holder:
         self._pool.append(self.channel)
 
 
-class Task:
+class Task(Names):
     """Joins the hub at `path`. Usable from any thread of this process, not from a child after fork."""
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5.0) -> None:
@@ -71,7 +69,7 @@ class Task:
         self._unusable = ""
         self._pid = os.getpid()
         self.counters: Counter[str] = Counter()
-        self._side = _connect(self.path, timeout)
+        self._side = sidechannel.connect(self.path, timeout)
         try:
             data, fds = sidechannel.receive_packet(self._side, wire.WELCOME.size + 1, 1)
             sidechannel.close_all(fds)
@@ -505,72 +503,6 @@ class Task:
             raise
         return value
 
-    def allocate(self, right: Right = Right.RECEIVE) -> int:
-        """A new port; its receive right."""
-        return int(self._call("allocate", int(right)))
-
-    def destroy(self, name: int) -> None:
-        """Destroy all rights under a name."""
-        self._call("destroy", name, leaving=name)
-
-    def deallocate(self, name: int) -> None:
-        """Give up one reference of a send right, send-once right or dead name."""
-        self._call("deallocate", name)
-
-    def mod_refs(self, name: int, right: Right, delta: int) -> None:
-        """Change the references of one right of a name."""
-        self._call("mod_refs", name, int(right), delta, leaving=name if right == Right.RECEIVE and delta else 0)
-
-    def get_refs(self, name: int, right: Right) -> int:
-        """References of one right of a name."""
-        return int(self._call("get_refs", name, int(right)))
-
-    def names(self) -> dict[int, RightSet]:
-        """All names and what they denote."""
-        return {name: RightSet(bits) for name, bits in self._call("names")}
-
-    def type(self, name: int) -> RightSet:
-        """What a name denotes."""
-        return RightSet(self._call("type", name))
-
-    def rename(self, old: int, new: int) -> None:
-        """Give a right another name."""
-        self._call("rename", old, new)
-
-    def insert_right(self, name: int, port: int, disposition: MsgType) -> None:
-        """Make a right from `port` and hold it as `name`."""
-        self._call("insert_right", name, port, int(disposition))
-
-    def extract_right(self, name: int, disposition: MsgType) -> int:
-        """Make a right from `name`; returns the name it is held by."""
-        return int(self._call("extract_right", name, int(disposition)))
-
-    def get_attributes(self, name: int) -> PortStatus:
-        """Status of a receive right."""
-        return PortStatus(*self._call("get_attributes", name))
-
-    def set_attributes(self, name: int, qlimit: int) -> None:
-        """Queue limit of a receive right."""
-        self._call("set_attributes", name, qlimit)
-
-    def request_notification(
-        self, name: int, variant: Notify, sync: int, notify: int, disposition: MsgType = MsgType.MAKE_SEND_ONCE
-    ) -> int:
-        """Ask for DEAD_NAME, NO_SENDERS or PORT_DESTROYED; returns the request this one replaces (or PORT_NULL)."""
-        return int(self._call("request_notification", name, int(variant), sync, notify, int(disposition)))
-
-    def check_in(self, name: str) -> int:
-        """The receive right of a service."""
-        return int(self._call("check_in", name))
-
-    def look_up(self, name: str) -> int:
-        """A send right to a service, also before it has checked in."""
-        return int(self._call("look_up", name))
-
-    def register(self, name: str, port: int) -> None:
-        """Publish a send right (PORT_NULL withdraws)."""
-        self._call("register", name, port)
-
     # -- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -633,33 +565,6 @@ class Task:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _connect(path: str, timeout: float) -> socket.socket:
-    """The side channel, or one clear OSError with the path."""
-    sidechannel.check_path(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    what = "cannot reach the hub"
-    # Kernel time-outs rather than Python's, which would make every call poll first.
-    limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        sock.connect(path + sidechannel.SUFFIX)
-        return sock
-    except FileNotFoundError as error:
-        what, number = "no hub serves this path", error.errno
-    except ConnectionRefusedError as error:
-        what, number = "the hub that served this path is gone", error.errno
-    except PermissionError as error:
-        what, number = "no permission to use the hub", error.errno
-    except BlockingIOError:
-        what, number = f"the hub did not answer within {timeout} s", errno.ETIMEDOUT
-    except OSError as error:
-        number = error.errno
-        what = f"{what} ({os.strerror(number or 0)})"
-    sock.close()
-    raise OSError(number, what, path)
 
 
 def _log_exception(what: str) -> None:

@@ -94,5 +94,7 @@ def state_name(number: int) -> str:
 def diagram() -> str:
     """The transitions as Graphviz text."""
     lines = ["digraph tcp {"]
-    lines += [f'  "{t.state}" -> "{t.next}" [label="{t.event}{" / " + t.sends if t.sends else ""}"];' for t in TRANSITIONS]
+    lines += [
+        f'  "{t.state}" -> "{t.next}" [label="{t.event}{" / " + t.sends if t.sends else ""}"];' for t in TRANSITIONS
+    ]
     return "\n".join([*lines, "}"])

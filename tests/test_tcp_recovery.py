@@ -76,7 +76,9 @@ def test_recovery_still_works_after_gigabytes_without_loss() -> None:
 # ---- congestion alone ----
 
 
-@pytest.mark.parametrize(("mss", "window"), [(536, 5360), (1460, 14_600), (9000, 18_000), (2000, 14_600), (65_495, 130_990)])
+@pytest.mark.parametrize(
+    ("mss", "window"), [(536, 5360), (1460, 14_600), (9000, 18_000), (2000, 14_600), (65_495, 130_990)]
+)
 def test_initial_window(mss: int, window: int) -> None:
     assert Congestion("newreno", mss).cwnd == window
 
@@ -197,7 +199,9 @@ def transfer(drop_seq: set[int], size: int = 100_000) -> tuple[Sim, Endpoint, En
     return sim, a, b
 
 
-@pytest.mark.parametrize("lost", [{1}, {1 + 1448 * 12}, {1, 1449}, {1 + 1448 * i for i in range(10, 20)}, {1 + 1448 * 20, 1 + 1448 * 30}])
+@pytest.mark.parametrize(
+    "lost", [{1}, {1 + 1448 * 12}, {1, 1449}, {1 + 1448 * i for i in range(10, 20)}, {1 + 1448 * 20, 1 + 1448 * 30}]
+)
 def test_losses_are_repaired_without_a_timeout_each_segment_once(lost: set[int]) -> None:
     sim, a, _ = transfer(lost)
     assert a.counters["rto_events"] == 0

@@ -59,7 +59,7 @@ class Calls:
             p.Call.CONNECT: self._connect,
             p.Call.LISTEN: self._listen,
             p.Call.RETURN: self._return,
-            p.Call.FORGET: lambda app, record, message: self.table.forget(app, record),
+            p.Call.FORGET: self._forget,
             p.Call.ACCEPTED: lambda app, record, message: self.table.accepted(app, record),
             p.Call.RESOLVE: self._resolve,
             p.Call.STRAY: self._stray,
@@ -245,9 +245,13 @@ class Calls:
             reply = p.Connected(error, record.number, record.laddr, record.lport if named else 0)
             self._reply(message, reply, ool=[] if error else [state])
 
+        next_hop = self.resolver.route(request.address)
         record = self.table.connect(app, request, done)
         if record.protocol == UDP:
             done(record, 0, b"")
+        elif next_hop is not None:
+            # TCP would try for minutes, for to it "host unreachable" is a passing thing (RFC 1122 4.2.3.9).
+            self.resolver.on_failure(next_hop, lambda error: self.table.unreachable(record, error))
 
     def _listen(self, app: Application, request: p.Listen, message: Message) -> None:
         self.table.listen(app, request)
@@ -257,6 +261,11 @@ class Calls:
         if len(message.ool) != 1 or len(message.ool[0]) > p.MAX_STATE_BYTES:
             raise p.ProtocolError("a returned session comes with its state and nothing else")
         self.table.take_back(app, request.session, bytes(message.ool[0]))
+
+    def _forget(self, app: Application, request: p.Forget, message: Message) -> None:
+        self.table.forget(app, request)
+        if message.remote:  # the library waits, so that the name is free when its close() returns
+            self._reply(message, p.Status(0))
 
     def _stray(self, app: Application, request: p.Nothing, message: Message) -> None:
         self.table.strays(app, (bytes(frame) for frame in message.ool))

@@ -1,9 +1,10 @@
-"""Next hops that applications wait for: the engine asks by ARP, the metastate page has the answer."""
+"""Next hops that somebody waits for: the engine asks by ARP, the metastate page has the answer."""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 from collections.abc import Callable
 from typing import Final
 
@@ -20,13 +21,13 @@ class Resolver:
     def __init__(self, engine: Engine, meta: Metastate) -> None:
         self._engine = engine
         self._meta = meta
-        self._waiting: dict[str, list[tuple[Application, Callable[[int], None]]]] = {}
+        self._waiting: dict[str, list[Callable[[int], None]]] = {}
 
     def __len__(self) -> int:
-        return sum(len(rows) for rows in self._waiting.values())
+        return sum(len(answers) for answers in self._waiting.values())
 
     def ask(self, app: Application, address: str, answer: Callable[[int], None]) -> None:
-        """``answer`` gets 0 once the neighbour is in the page, or an errno; now, or from ``check``."""
+        """For an application: ``answer`` gets 0 once the neighbour is in the page, or an errno; now, or later."""
         if ipaddress.ip_address(address).version != 4:
             raise Refusal(errno.EAFNOSUPPORT, f"{address} is not an IPv4 address", violation=True)
         found = self._meta.resolve(address)
@@ -38,16 +39,32 @@ class Resolver:
         if app.resolving >= WAITING_MAX:
             raise Refusal(errno.EAGAIN, f"{WAITING_MAX} addresses are being asked for already")
         app.resolving += 1
-        self._waiting.setdefault(address, []).append((app, answer))
+
+        def count(error: int) -> None:
+            app.resolving -= 1
+            answer(error)
+
+        self._wait(address, count)
+
+    def route(self, address: str) -> str | None:
+        """For a connect: the next hop to be asked for first, None when it is known. ENETUNREACH, EHOSTUNREACH."""
+        found = self._meta.resolve(address)
+        if found.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            raise Refusal(found.errno, f"{os.strerror(found.errno)}: {address}")
+        return found.next_hop if found.errno == errno.EAGAIN else None
+
+    def on_failure(self, next_hop: str, answer: Callable[[int], None]) -> None:
+        """``answer`` gets the errno when nobody answers at ``next_hop``."""
+        self._wait(next_hop, lambda error: answer(error) if error else None)
+
+    def _wait(self, address: str, answer: Callable[[int], None]) -> None:
+        self._waiting.setdefault(address, []).append(answer)
         self._engine.ask_neighbour(address)
 
     def check(self) -> None:
         """Answer whoever can be answered."""
-        if not self._waiting:
-            return
         for address in list(self._waiting):
-            found = self._meta.resolve(address)
-            if found.errno != errno.EAGAIN:
-                for app, answer in self._waiting.pop(address):
-                    app.resolving -= 1
-                    answer(found.errno)
+            error = self._meta.resolve(address).errno
+            if error != errno.EAGAIN:
+                for answer in self._waiting.pop(address):
+                    answer(error)

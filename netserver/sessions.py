@@ -263,6 +263,13 @@ class SessionTable:
         if done is not None:
             done(record, error or errno.ECONNABORTED, b"")
 
+    def unreachable(self, record: SessionRecord, error: int) -> None:
+        """Nobody answers where a connecting session's packets would go."""
+        if record.place is Place.CONNECTING and record.engine_session is not None and record.done is not None:
+            done, record.done = record.done, None
+            self._connect_failed(record)
+            done(record, error, b"")
+
     def _pump(self, listener: SessionRecord) -> None:
         """Push established sessions as far as the credit goes; the rest wait in the engine's queue."""
         app, queue = listener.owner, listener.engine_session

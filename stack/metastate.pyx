@@ -18,6 +18,9 @@ from ulnet.stack.address cimport (
 )
 from ulnet.stack.types cimport addr_equal, addr_is_zero
 
+cdef extern from "<unistd.h>" nogil:
+    int c_close "close" (int fd)
+
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t n, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t n)
@@ -332,7 +335,7 @@ cdef class Metastate:
         if self.page != NULL:
             munmap(self.page, sizeof(meta_page))
         if self.fd >= 0:
-            os.close(self.fd)
+            c_close(self.fd)                 # at the interpreter's end there is no module os any more
 
     cdef meta_page *_open(self) except NULL:
         if self.page == NULL:

@@ -14,10 +14,10 @@ import json
 import logging
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakMethod, WeakValueDictionary
 
 from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
 from ulnet.kernelshim.packet import PacketLink
@@ -35,6 +35,7 @@ UDP: Final = 17
 CALL_TIMEOUT_S: Final = 5.0  # a server that lives answers in milliseconds; a stopped one must not hang the program
 RESOLVE_TIMEOUT_S: Final = 10.0  # the server gives up on ARP long before
 DETACH_TIMEOUT_S: Final = 2.0
+FORGET_TIMEOUT_S: Final = 1.0
 UPCALL_QUEUE: Final = 1024  # Mach's largest queue limit
 ANY: Final = "0.0.0.0"
 
@@ -54,7 +55,10 @@ class Proxy(Host):
         self.path = p.server_path(path)
         self.counters: Counter[str] = Counter()
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection inside may close a socket
+        self._inside = threading.local()
+        self._deferred: deque[tuple[p.Call, p.Record, list[bytes]]] = deque()
+        self._named: set[int] = set()  # bound to a port of the program's choice
         self._gone = False
         self._closed = False
         self._next = 1
@@ -108,8 +112,8 @@ class Proxy(Host):
         self.engine = Engine(self.link, meta, library=True, stats=stats, spin_ns=spin_ns)
         self.engine.resolver = self._resolve
         self.engine.on_strays = self._forward_strays
-        self._task.on_server_death(self._server_died)
-        self._task.start_receiver(self._upcall, names=[self._port])
+        self._task.on_server_death(_weakly(self._server_died))
+        self._task.start_receiver(_weakly(self._upcall), names=[self._port])
         self.engine.start_helper()
 
     # -- Host ----------------------------------------------------------------------------------
@@ -134,6 +138,8 @@ class Proxy(Host):
             if not isinstance(error, OSError) or error.errno in (errno.ETIMEDOUT, errno.ENOMEM):
                 self._forget(number)  # the server may have done it, or will
             raise
+        if port:
+            self._named.add(number)
         return bound.address, bound.port
 
     def connect(self, session: Session, address: str, port: int, timeout_ns: int) -> None:
@@ -238,6 +244,8 @@ class Proxy(Host):
             self._backlogs.pop(number, None)
             self._credits.pop(number, None)
             self._sessions.pop(number, None)
+            named = number in self._named
+            self._named.discard(number)
         if os.getpid() != self._pid or self._closed:
             return
         if listening:
@@ -247,7 +255,7 @@ class Proxy(Host):
             if session.live or listening:
                 self.engine.close_session(session, linger_abort=abort)
             if number:
-                self._forget(number, reset=connecting)
+                self._forget(number, reset=connecting, wait=named)
             return
         self._return(session, number)
 
@@ -269,6 +277,10 @@ class Proxy(Host):
         self.engine.close()
         self._task.close()
         self.link.close()
+        self.engine.resolver = self.engine.on_strays = None  # no circle keeps descriptors open
+        with _hosts_lock:
+            for key in [key for key, host in _hosts.items() if host is self]:
+                del _hosts[key]
 
     # -- what the socket layer and tools may ask -----------------------------------------------
 
@@ -306,8 +318,13 @@ class Proxy(Host):
             self.engine.close_session(session, linger_abort=True)
             self._forget(number)
 
-    def _forget(self, number: int, *, reset: bool = False) -> None:
-        self._post_quietly(p.Call.FORGET, p.Forget(number, reset))
+    def _forget(self, number: int, *, reset: bool = False, wait: bool = False) -> None:
+        """``wait``: until its name is free, so that who binds it next, in whatever process, is not refused."""
+        if wait and not self._gone and not getattr(self._inside, "ipc", False):
+            with contextlib.suppress(OSError):
+                self._rpc(p.Call.FORGET, p.Forget(number, reset), timeout=FORGET_TIMEOUT_S)
+        else:
+            self._post_quietly(p.Call.FORGET, p.Forget(number, reset))
 
     def _forward_strays(self, frames: list[bytes]) -> None:
         self.counters["strays_out"] += len(frames)
@@ -437,16 +454,31 @@ class Proxy(Host):
             )
         return OSError(errno.EPROTO, f"the network server at {self.path}: {error}")
 
+    @contextlib.contextmanager
+    def _ipc(self) -> Iterator[None]:
+        """Around each call of the task. A garbage collection in it may close a socket, whose message then waits here:
+        a thread's connection to the server is not made for a message inside another."""
+        self._inside.ipc = True
+        try:
+            yield
+        finally:
+            self._inside.ipc = False
+        while self._deferred:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                call, record, ool = self._deferred.popleft()
+                self._post_quietly(call, record, ool=ool)
+
     def _rpc(
         self,
         call: p.Call,
         record: p.Record,
         *,
-        rights: Iterable[PortRight] = (),
+        rights: Sequence[PortRight] = (),
         timeout: float | None = CALL_TIMEOUT_S,
     ) -> Message:
         try:
-            return self._task.rpc(self._server, call, record.pack(), rights=list(rights), timeout=timeout)
+            with self._ipc():
+                return self._task.rpc(self._server, call, record.pack(), rights=rights, timeout=timeout)
         except MachError as error:
             if error.code == MachMsgReturn.MACH_RCV_TIMED_OUT and call == p.Call.CONNECT:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
@@ -465,13 +497,17 @@ class Proxy(Host):
 
     def _post(self, call: p.Call, record: p.Record, *, ool: Iterable[bytes] = (), reply_to: int = 0) -> None:
         try:
-            self._task.post(self._server, call, record.pack(), ool=list(ool), local=reply_to)
+            with self._ipc():
+                self._task.post(self._server, call, record.pack(), ool=list(ool), local=reply_to)
         except MachError as error:
             raise self._lost(error) from None
 
     def _post_quietly(self, call: p.Call, record: p.Record, *, ool: Iterable[bytes] = ()) -> None:
         """A one-way call that has no meaning any more once the server has gone."""
         if self._gone or self._closed:
+            return
+        if getattr(self._inside, "ipc", False):
+            self._deferred.append((call, record, list(ool)))
             return
         try:
             self._post(call, record, ool=ool)
@@ -481,6 +517,18 @@ class Proxy(Host):
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
             self.shutdown()
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """The method, without keeping its object: what a closed task still refers to must not hold an engine's memory."""
+    reference = WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
 
 
 def _join(path: str) -> Task:

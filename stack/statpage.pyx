@@ -14,6 +14,9 @@ from libc.errno cimport errno
 from libc.string cimport memcpy, memset
 from ulnet.stack.address cimport addr_to_text
 
+cdef extern from "<unistd.h>" nogil:
+    int c_close "close" (int fd)
+
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t n, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t n)
@@ -151,7 +154,7 @@ cdef class StatPage:
         if self.page != NULL:
             munmap(self.page, sizeof(stat_page))
         if self.fd >= 0:
-            os.close(self.fd)
+            c_close(self.fd)                 # at the interpreter's end there is no module os any more
 
     cdef stat_page *_open(self) except NULL:
         if self.page == NULL:

@@ -58,6 +58,7 @@ class Bed:
             self.testbed.close()
             raise
         self.proxies: list[Proxy] = []
+        self.programs: list[subprocess.Popen[bytes]] = []
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "ulnet.cli", *arguments]
@@ -92,12 +93,23 @@ class Bed:
     def program(self, code: str, *arguments: str) -> subprocess.Popen[bytes]:
         """An application of its own process: Python code with ``ulnet.stack.socket`` as ``socket``."""
         head = "import sys, time\nfrom ulnet.stack import socket\n"
-        return self.a.popen(
+        program = self.a.popen(
             [sys.executable, "-c", head + code, *arguments],
             stdout=subprocess.PIPE,
             stdin=subprocess.PIPE,
             env=os.environ | {protocol.PATH_VARIABLE: self.path},
         )
+        self.programs.append(program)
+        return program
+
+    def end_programs(self) -> None:
+        for proxy in self.proxies:
+            proxy.shutdown()
+        self.proxies.clear()
+        for program in self.programs:
+            program.kill()
+            program.wait()
+        self.programs.clear()
 
     def counters(self) -> dict[str, Any]:
         return query(protocol.Call.COUNTERS, self.path)
@@ -109,18 +121,29 @@ class Bed:
         return query(protocol.Call.SESSIONS, self.path)
 
     def is_empty(self) -> bool:
-        tables = self.tables()
-        return {k: tables[k] for k in EMPTY} == EMPTY
+        """Nothing left but TIME-WAIT, which RFC 9293 wants kept by whoever closed first."""
+        tables, sessions = self.tables(), self.sessions()
+        waiting = sum(row["state"] == "TIME-WAIT" and row["owner"] is None for row in sessions)
+        return len(sessions) == waiting and {k: tables[k] for k in EMPTY} == EMPTY | {
+            "sessions": waiting,
+            "names": waiting,
+        }
 
     def expect_empty(self, limit_s: float = 5.0) -> None:
-        wait_for(self.is_empty, f"empty tables (last: {json.dumps(self.tables())}, {self.sessions()})", limit_s)
+        try:
+            wait_for(self.is_empty, "empty tables", limit_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {json.dumps(self.tables())} {json.dumps(self.live())}") from None
+
+    def live(self) -> list[dict[str, Any]]:
+        """Sessions that are not in TIME-WAIT."""
+        return [row for row in self.sessions() if row["state"] != "TIME-WAIT"]
 
     def server_fds(self) -> int:
         return len(os.listdir(f"/proc/{self.server.pid}/fd"))
 
     def close(self) -> None:
-        for proxy in self.proxies:
-            proxy.shutdown()
+        self.end_programs()
         self.testbed.close()
 
 

@@ -1038,7 +1038,7 @@ cdef class Engine:
         cdef ul_session *mark
         cdef uint8_t *out
         cdef size_t n = 0
-        cdef size_t room
+        cdef size_t room = 0
         cdef state_head head
         cdef bytes state = b""
         cdef int rc = 0

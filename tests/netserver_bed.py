@@ -51,7 +51,7 @@ class Bed:
             Bed._count += 1
             self.a = self.testbed.host(f"a{Bed._count}")
             self.b = self.testbed.host(f"b{Bed._count}")
-            self.testbed.wire(self.a, self.b, b_addr=f"{PEER}/24")
+            self.wire()
             self.log = folder / "netserver.log"
             self.server = self.start()
         except BaseException:
@@ -59,6 +59,10 @@ class Bed:
             raise
         self.proxies: list[Proxy] = []
         self.programs: list[subprocess.Popen[bytes]] = []
+
+    def wire(self) -> None:
+        """Join the hosts."""
+        self.testbed.wire(self.a, self.b, b_addr=f"{PEER}/24")
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "ulnet.cli", *arguments]

@@ -139,6 +139,28 @@ class TestConnect:
         wait_for(lambda: select.select([app], [], [], 0)[0], "end of file")
         app.close()
 
+    def test_data_waits_for_the_connection(self, bed: Bed, listener: ksocket.socket) -> None:
+        """As with the kernel: EAGAIN for who does not wait, and who waits for data waits for the connection first."""
+        app = tcp(bed.proxy(), 0)
+        bed.server.send_signal(signal.SIGSTOP)
+        try:
+            assert app.connect_ex(listener.getsockname()) == errno.EINPROGRESS
+            for call in (lambda: app.send(b"x"), lambda: app.recv(1)):
+                with pytest.raises(BlockingIOError):
+                    call()
+            app.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                app.send(b"x")
+        finally:
+            bed.server.send_signal(signal.SIGCONT)
+        app.settimeout(5)
+        app.sendall(b"early")
+        peer, _ = listener.accept()
+        assert peer.recv(10) == b"early"
+        peer.close()
+        assert app.recv(1) == b""
+        app.close()
+
     def test_closed_while_connecting(self, bed: Bed) -> None:
         app = tcp(bed.proxy(), 0)
         assert app.connect_ex((NOBODY, 9)) == errno.EINPROGRESS

@@ -178,8 +178,6 @@ cdef class Buffer:
         self.seg = NULL
         with nogil:
             engine_lock(e)
-            e.bufs.lent -= 1
-            seg.lent = 0
             rxseg_free(&e.bufs, seg)
             engine_unlock(e)
 

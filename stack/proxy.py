@@ -37,6 +37,7 @@ CALL_TIMEOUT_S: Final = 5.0  # a server that lives answers in milliseconds; a st
 RESOLVE_TIMEOUT_S: Final = 10.0  # the server gives up on ARP long before
 DETACH_TIMEOUT_S: Final = 2.0
 FORGET_TIMEOUT_S: Final = 1.0
+SPIN_NS: Final = {"ipf": 50_000, "shm": 0, "ipc": 0}  # how long a waiting call polls before it sleeps
 UPCALL_QUEUE: Final = 1024  # Mach's largest queue limit
 ANY: Final = "0.0.0.0"
 
@@ -47,9 +48,10 @@ class Proxy(Host):
     ``path``: the server's socket; None: ``ULNET_SERVER`` or the default. Raises OSError with one clear line when no
     server is there, when it may not be reached, or when it refuses. ``interface``: how packets come in, "ipf" (ring
     polled in user space), "shm" (ring with wake-ups) or "ipc" (one call a packet); SOSP 1993 section 4.1.
+    ``spin_ns``: how long a waiting call polls before it sleeps; None: as the interface has it (SPIN_NS).
     """
 
-    def __init__(self, path: str | None = None, *, interface: str = "ipf", spin_ns: int = 50_000) -> None:
+    def __init__(self, path: str | None = None, *, interface: str = "ipf", spin_ns: int | None = None) -> None:
         if interface not in p.PACKET_INTERFACES:
             raise ValueError(f"packet interface {interface!r}: use one of {', '.join(p.PACKET_INTERFACES)}")
         self.interface = interface
@@ -70,7 +72,7 @@ class Proxy(Host):
         self._backlogs: dict[int, int] = {}
         self._task = _join(self.path)
         try:
-            self._attach(spin_ns)
+            self._attach(SPIN_NS[interface] if spin_ns is None else spin_ns)
         except BaseException:
             self._task.close()
             raise

@@ -38,7 +38,7 @@ log = logging.getLogger("ulnet.netserver")
 
 SOCKET_MODE: Final = 0o666  # any user may attach; what each may do is decided by credentials and tables
 SLEEP_MAX_S: Final = 60.0
-MESSAGES_A_TURN: Final = 64
+_SILENT: Final = frozenset(("CLOSED", "LISTEN", "TIME-WAIT", "SYN-SENT"))  # nothing there that a RST would end
 
 
 class NetServer:
@@ -218,6 +218,11 @@ class NetServer:
         if held:
             log.info("resetting %d sessions that applications hold", held)
         self.calls.end_all()
+        # What the server was finishing for others, and handshakes: their peers need not wait for time-outs either.
+        for row in self.engine.sessions():
+            if row["proto"] == "tcp" and row["remote"] is not None and row["state"] not in _SILENT:
+                (laddr, lport), (raddr, rport) = row["local"], row["remote"]
+                self.engine.abort_flow(laddr, lport, raddr, rport, row["snd_nxt"], row["rcv_nxt"])
 
     def close(self) -> None:
         """Reset sessions, remove filters, rules and sockets. Safe to call twice."""

@@ -7,6 +7,7 @@ device of one's own. Call order: ``host = Embedded(link, "10.0.0.1/24")``; socke
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import ipaddress
@@ -14,19 +15,22 @@ import os
 import random
 import threading
 import time
+import warnings
 import weakref
 from types import TracebackType
 
 from ulnet.kernelshim.link import Link
 from ulnet.kernelshim.memory import memory_pair
-from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine, Session
+from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
 from ulnet.stack.ports import TCP, UDP, WILDCARDS, Name, PortTable
+from ulnet.stack.session import Session
 
 # States in which the peer has all we sent, our FIN included, or never will.
 _DELIVERED = frozenset(("CLOSED", "LISTEN", "FIN-WAIT-2", "TIME-WAIT", "OPEN"))
 _LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
+_hosts: weakref.WeakSet[Embedded] = weakref.WeakSet()
 
 
 class Embedded(Host):
@@ -68,6 +72,7 @@ class Embedded(Host):
         self._next = 1
         self._open: weakref.WeakSet[Session] = weakref.WeakSet()
         self._closed = False
+        _hosts.add(self)
         if helper:
             self.engine.start_helper()
 
@@ -191,13 +196,19 @@ class Embedded(Host):
             if not session.closed:
                 with contextlib.suppress(OSError):
                     self.engine.close_session(session)
-        deadline = time.monotonic() + linger_s
-        while time.monotonic() < deadline and any(row["state"] not in _DELIVERED for row in self.engine.sessions()):
-            self.engine.poll()
-            time.sleep(0.001)
+        self._drain(linger_s)
         self.engine.close()
         if not self.engine.counters()["buf_lent"]:  # else the link goes with the last buffer lent
             self.link.close()
+
+    def _drain(self, seconds: float) -> None:
+        """Wait until what closed sessions sent has arrived."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not any(row["closing"] and row["state"] not in _DELIVERED for row in self.engine.sessions()):
+                break
+            self.engine.poll()
+            time.sleep(0.001)
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -259,8 +270,24 @@ class Embedded(Host):
     ) -> None:
         self.shutdown()
 
+    def __del__(self) -> None:
+        # No socket is left: each holds its host.
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.shutdown(0.0)
+
     def __repr__(self) -> str:
         return f"<{type(self).__qualname__} {self.address}/{self.prefix}{' [closed]' if self._closed else ''}>"
+
+
+@atexit.register
+def _at_exit() -> None:
+    """What closed sockets sent is delivered, as the kernel would after a program's end."""
+    hosts = list(_hosts)
+    for host in hosts:  # all of them first: one may be another's peer
+        host._drain(1.0)
+    for host in hosts:
+        host.shutdown(0.5)
 
 
 def pair(

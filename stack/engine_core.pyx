@@ -239,7 +239,9 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
         return UL_READABLE | UL_WRITABLE | UL_HUP | (UL_ERROR if s.so_error else 0)
     if s.phase == PHASE_CONNECTING:
         return 0
-    return UL_WRITABLE | UL_HUP           # as Linux shows a TCP socket that was never connected
+    # differs: Linux adds HUP to a TCP socket that was never connected. A descriptor cannot take a hang-up back
+    # (readyfd), and who registers it before connecting wants to hear of the connection.
+    return UL_WRITABLE
 
 
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil:

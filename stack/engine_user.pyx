@@ -161,8 +161,6 @@ cdef rxseg *user_recv_seg(engine *e, ul_session *s, size_t max_bytes, int64_t de
         else:
             rc = dead_answer(s, True)
         if seg != NULL:
-            e.bufs.lent += 1
-            seg.lent = 1
             session_touch(e, s)
             break
         if rc != -EAGAIN:

@@ -22,9 +22,10 @@ from weakref import WeakMethod, WeakValueDictionary
 from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
 from ulnet.kernelshim.packet import PacketLink
 from ulnet.stack import protocol as p
-from ulnet.stack.engine import Engine, Session
+from ulnet.stack.engine import Engine
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
+from ulnet.stack.session import Session
 from ulnet.stack.statpage import StatPage
 
 log = logging.getLogger("ulnet.proxy")
@@ -36,6 +37,7 @@ CALL_TIMEOUT_S: Final = 5.0  # a server that lives answers in milliseconds; a st
 RESOLVE_TIMEOUT_S: Final = 10.0  # the server gives up on ARP long before
 DETACH_TIMEOUT_S: Final = 2.0
 FORGET_TIMEOUT_S: Final = 1.0
+SPIN_NS: Final = {"ipf": 50_000, "shm": 0, "ipc": 0}  # how long a waiting call polls before it sleeps
 UPCALL_QUEUE: Final = 1024  # Mach's largest queue limit
 ANY: Final = "0.0.0.0"
 
@@ -46,9 +48,10 @@ class Proxy(Host):
     ``path``: the server's socket; None: ``ULNET_SERVER`` or the default. Raises OSError with one clear line when no
     server is there, when it may not be reached, or when it refuses. ``interface``: how packets come in, "ipf" (ring
     polled in user space), "shm" (ring with wake-ups) or "ipc" (one call a packet); SOSP 1993 section 4.1.
+    ``spin_ns``: how long a waiting call polls before it sleeps; None: as the interface has it (SPIN_NS).
     """
 
-    def __init__(self, path: str | None = None, *, interface: str = "ipf", spin_ns: int = 50_000) -> None:
+    def __init__(self, path: str | None = None, *, interface: str = "ipf", spin_ns: int | None = None) -> None:
         if interface not in p.PACKET_INTERFACES:
             raise ValueError(f"packet interface {interface!r}: use one of {', '.join(p.PACKET_INTERFACES)}")
         self.interface = interface
@@ -69,7 +72,7 @@ class Proxy(Host):
         self._backlogs: dict[int, int] = {}
         self._task = _join(self.path)
         try:
-            self._attach(spin_ns)
+            self._attach(SPIN_NS[interface] if spin_ns is None else spin_ns)
         except BaseException:
             self._task.close()
             raise
@@ -171,13 +174,20 @@ class Proxy(Host):
         try:
             message = self._rpc(p.Call.CONNECT, request, timeout=None if timeout_ns < 0 else timeout_ns / 1e9)
             self._answer(message, p.Connected)
-            self.engine.import_session(session, message.ool[0], number)
         except BaseException as error:
             refused = isinstance(error, OSError) and not isinstance(error, TimeoutError)
-            if not refused:  # timed out here, interrupted, or the state could not be taken: nobody else will end it
+            if not refused:  # timed out or interrupted: nobody else will end what the server goes on with
                 self._forget(number, reset=True)
             if not (refused and named):
                 self._unname(session)
+            raise
+        try:
+            if session.closed:  # by another thread, while this one waited
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self.engine.import_session(session, message.ool[0], number)
+        except BaseException:
+            self._forget(number, reset=True)
+            self._unname(session)
             raise
 
     def _connect_udp(self, session: Session, address: str, port: int) -> None:
@@ -225,9 +235,9 @@ class Proxy(Host):
         """See Host. Credits go back in batches of half a backlog, so that the server can always send the other half."""
         number = listener.session_id
         with self._lock:
+            self._sessions[session.session_id] = session
             if number not in self._listeners:
                 return
-            self._sessions[session.session_id] = session
             self._credits[number] += 1
             count = self._credits[number]
             if count * 2 < self._backlogs[number]:
@@ -239,7 +249,7 @@ class Proxy(Host):
         """See Host. A TCP session goes back to the server with its unsent data; the FIN exchange runs there."""
         number = session.session_id
         with self._lock:
-            connecting = self._connecting.pop(number, None) is not None
+            self._connecting.pop(number, None)
             listening = self._listeners.pop(number, None) is not None
             self._backlogs.pop(number, None)
             self._credits.pop(number, None)
@@ -250,12 +260,13 @@ class Proxy(Host):
             return
         if listening:
             self._abort_queue(session)
-        if self._gone or not session.live or session.kind == UDP or listening or abort or session.state == "CLOSED":
+        live = session.live
+        if self._gone or not live or session.kind == UDP or listening or abort or session.state == "CLOSED":
             # Without a server the end of a session runs here, as long as this process does.
-            if session.live or listening:
-                self.engine.close_session(session, linger_abort=abort)
+            self.engine.close_session(session, linger_abort=abort)
             if number:
-                self._forget(number, reset=connecting, wait=named)
+                # Not live: perhaps it is on its way here. Then nobody but the server can tell the peer.
+                self._forget(number, reset=not live, wait=named)
             return
         self._return(session, number)
 
@@ -276,7 +287,8 @@ class Proxy(Host):
                 self._rpc(p.Call.DETACH, p.Nothing(), timeout=DETACH_TIMEOUT_S)
         self.engine.close()
         self._task.close()
-        self.link.close()
+        if not self.engine.counters()["buf_lent"]:  # else the ring goes with the last buffer lent
+            self.link.close()
         self.engine.resolver = self.engine.on_strays = None  # no circle keeps descriptors open
         with _hosts_lock:
             for key in [key for key, host in _hosts.items() if host is self]:

@@ -335,6 +335,7 @@ cdef void tcp_close(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         tcp_abort(env, pcb)          # RFC 2525 2.17: the peer must learn that data was lost
         return
     rxq_clear(env.bufs, &pcb.rcv)
+    rxq_clear(env.bufs, &pcb.ooo)    # data that comes now is answered with a reset anyway
     pcb.progress_ns = env.now_ns     # an orphan has its time from now on
     if pcb.state == TCP_FIN_WAIT_2:
         pcb.timers[TT_2MSL] = env.now_ns + TCP_FIN_WAIT_2_NS

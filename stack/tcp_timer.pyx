@@ -29,6 +29,12 @@ cdef inline int timeout_error(const tcp_pcb *pcb) noexcept nogil:
     return pcb.soft_error if pcb.soft_error else -ETIMEDOUT
 
 
+cdef void give_up(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
+    # differs: RFC 9293 says nothing of a reset here; if the peer lives after all, it need not wait for ever
+    tcp_send_bare(env, pcb, pcb.snd_max, pcb.rcv_nxt, TCP_RST | TCP_ACK)
+    tcp_done(env, pcb, timeout_error(pcb))
+
+
 cdef void tcp_arm_keepalive(tcp_pcb *pcb, int64_t now_ns) noexcept nogil:
     pcb.keep_probes = 0
     if pcb.flags & TF_KEEPALIVE and TCP_ESTABLISHED <= pcb.state <= TCP_CLOSE_WAIT:
@@ -50,7 +56,7 @@ cdef void on_retransmit(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         pcb.snd_nxt = pcb.iss
     else:
         if env.now_ns - pcb.progress_ns >= tcp_give_up_after(pcb):
-            tcp_done(env, pcb, timeout_error(pcb))             # RFC 9293 3.10.8, user timeout
+            give_up(env, pcb)                                  # RFC 9293 3.10.8, user timeout
             return
         pcb.cc.ops.on_rto(&pcb.cc, pcb.snd_max - pcb.snd_una, pcb.rtt.backoff == 0, env.now_ns)
         pcb.rec.ops.on_rto(&pcb.rec, pcb.snd_una, pcb.snd_max)
@@ -66,7 +72,7 @@ cdef void on_retransmit(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
 
 cdef void on_persist(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     if env.now_ns - pcb.progress_ns >= tcp_give_up_after(pcb):
-        tcp_done(env, pcb, timeout_error(pcb))
+        give_up(env, pcb)
         return
     if pcb.rtt.backoff < TCP_BACKOFF_MAX:
         pcb.rtt.backoff += 1
@@ -87,8 +93,7 @@ cdef void on_keepalive(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         return
     if pcb.keep_probes >= pcb.keepcnt or \
             (pcb.user_timeout_ms and pcb.keep_probes and idle >= tcp_give_up_after(pcb)):
-        tcp_send_bare(env, pcb, pcb.snd_max, pcb.rcv_nxt, TCP_RST | TCP_ACK)
-        tcp_done(env, pcb, timeout_error(pcb))
+        give_up(env, pcb)
         return
     # An old sequence number makes the peer answer (RFC 9293 3.8.4)
     if tcp_send_bare(env, pcb, pcb.snd_una - 1, pcb.rcv_nxt, TCP_ACK) == 0:

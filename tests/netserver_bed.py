@@ -23,7 +23,7 @@ from ulnet.stack.proxy import Proxy, query
 ADDRESS = "10.77.0.10"
 PEER = "10.77.0.2"
 NOBODY = "10.77.0.99"
-EMPTY = {"sessions": 0, "flows": 0, "guarded": 0, "names": 0}
+EMPTY = {"sessions": 0, "flows": 0, "guarded": 0, "names": 0, "engine_flows": 0}
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 5.0) -> Any:
@@ -131,6 +131,7 @@ class Bed:
         return len(sessions) == waiting and {k: tables[k] for k in EMPTY} == EMPTY | {
             "sessions": waiting,
             "names": waiting,
+            "engine_flows": waiting,
         }
 
     def expect_empty(self, limit_s: float = 5.0) -> None:

@@ -226,6 +226,39 @@ class TestAccept:
         # The application closed first, TIME-WAIT stays; the peers' FINs ended everything else.
         bed.expect_empty()
 
+    def test_data_under_way_while_the_session_moves(self, bed: Bed) -> None:
+        """Peers that send the moment they are connected: every byte arrives, however the hand-over fell into it."""
+        app = tcp(bed.proxy())
+        app.bind(("", 7004))
+        app.listen(64)
+        blocks = [os.urandom(200_000) for _ in range(24)]
+
+        def send(block: bytes) -> None:
+            with bed.b.socket() as peer:
+                peer.settimeout(10)
+                peer.connect((ADDRESS, 7004))
+                peer.sendall(block)
+                peer.shutdown(ksocket.SHUT_WR)
+                peer.recv(1)
+
+        senders = [threading.Thread(target=send, args=(block,)) for block in blocks]
+        for sender in senders:
+            sender.start()
+        seen = set()
+        for _ in blocks:
+            session, _ = app.accept()
+            got = b""
+            while chunk := session.recv(1 << 20):
+                got += chunk
+            seen.add(got)
+            session.close()
+        for sender in senders:
+            sender.join(10)
+        assert seen == set(blocks)
+        app.close()
+        retransmits = bed.counters()["engine"]["tcp_retransmits"]
+        assert retransmits == 0
+
     def test_close_of_the_listener_resets_who_waits(self, bed: Bed) -> None:
         app = tcp(bed.proxy())
         app.bind(("", 7001))
@@ -376,6 +409,26 @@ class TestDeath:
             late, _ = listener.accept()  # the server obeyed the connect, then the forget
             late.close()
 
+    def test_an_ordinary_user(self, bed: Bed, listener: ksocket.socket) -> None:
+        """No user id 0 and no capability in the program: it talks, but gets no port below 1024."""
+        program = bed.program(
+            "import os, errno; import ulnet.stack.proxy; 'x'.encode('idna')\n"
+            "os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
+            "s = socket.create_connection((sys.argv[1], int(sys.argv[2]))); s.sendall(b'hello'); s.recv(1)\n"
+            "try: socket.create_server(('', 80))\n"
+            "except PermissionError as e: print(e.errno == errno.EACCES, flush=True)\n",
+            PEER,
+            str(listener.getsockname()[1]),
+        )
+        bed.folder.chmod(0o755)
+        for folder in list(bed.folder.parents)[:-2]:
+            folder.chmod(folder.stat().st_mode | 0o011)
+        peer, _ = listener.accept()
+        assert peer.recv(100) == b"hello"
+        peer.close()
+        assert read_line(program) == "True"
+        assert program.wait(10) == 0
+
     def test_leaving_in_order_gives_everything_back(self, bed: Bed, listener: ksocket.socket) -> None:
         program = bed.program(
             "s = socket.create_connection((sys.argv[1], int(sys.argv[2]))); s.sendall(b'last words')",
@@ -430,6 +483,23 @@ class TestMany:
 
 
 class TestHostileApplications:
+    def test_the_guard_stands(self, bed: Bed, listener: ksocket.socket) -> None:
+        """With its own descriptor an application sends from its own endpoints only."""
+        proxy = bed.proxy()
+        app = tcp(proxy)
+        app.connect(listener.getsockname())
+        peer, _ = listener.accept()
+        before = bed.counters()["guard"]["refused"]
+        head = bed.b.mac + bed.a.mac + b"\x08\x00"
+        ip = bytes.fromhex("4500001c0000400040110000") + ksocket.inet_aton(ADDRESS) + ksocket.inet_aton(PEER)
+        with pytest.raises(OSError) as caught:  # a datagram from a port that is not its own
+            proxy.link.send_frame(head + ip + bytes.fromhex("0035003500080000"))
+        assert caught.value.errno == errno.ENOBUFS
+        assert bed.counters()["guard"]["refused"] == before + 1
+        peer.close()
+        assert app.recv(1) == b""
+        app.close()
+
     def raw(self, bed: Bed) -> tuple[Task, int, int]:
         """A task that speaks the protocol by hand: it, the server's port, its serial."""
         task = Task(bed.path)
@@ -492,6 +562,28 @@ class TestHostileApplications:
         assert app.recv(1) == b""
         app.close()
 
+    def test_a_state_of_another_flow(self, bed: Bed, listener: ksocket.socket) -> None:
+        proxy = bed.proxy()
+        victim, thief = tcp(proxy), tcp(proxy)
+        victim.connect(listener.getsockname())
+        peer, _ = listener.accept()
+        thief.connect(listener.getsockname())
+        other, _ = listener.accept()
+        assert thief.session is not None
+        state = bytearray(proxy.engine.export_session(thief.session))
+        lport = victim.getsockname()[1]
+        state[40:42] = lport.to_bytes(2, "little")
+        assert p.flow_of_state(state)[:3] == (6, ADDRESS, lport)
+        proxy._post(p.Call.RETURN, p.Return(thief.session.session_id), ool=[bytes(state)])
+        with pytest.raises(ConnectionResetError):
+            other.recv(1)
+        victim.sendall(b"unharmed")
+        assert peer.recv(100) == b"unharmed"
+        peer.close()
+        other.close()
+        assert victim.recv(1) == b""
+        victim.close()
+
     def test_a_state_that_is_no_state(self, bed: Bed, listener: ksocket.socket) -> None:
         """Whoever returns rubbish loses that session (the peer is reset) and nothing else."""
         proxy = bed.proxy()
@@ -520,6 +612,16 @@ class TestHostileApplications:
 
 
 class TestEnd:
+    def test_the_interface_goes(self, tmp_path: Any) -> None:
+        bed = Bed(tmp_path)
+        try:
+            with bed.a.netlink() as ip:
+                ip.link("del", index=bed.a.interface.index)
+            assert bed.server.wait(5) == 1
+            assert "no interface 'eth0'" in bed.log.read_text()
+        finally:
+            bed.close()
+
     def test_the_server_ends(self, tmp_path: Any) -> None:
         bed = Bed(tmp_path)
         try:
@@ -532,10 +634,18 @@ class TestEnd:
                 app.connect(listening.getsockname())
                 peer, _ = listening.accept()
                 peer.settimeout(5)
+                left = tcp(proxy)
+                left.connect(listening.getsockname())
+                half, _ = listening.accept()
+                left.close()
+                wait_for(lambda: [r for r in bed.sessions() if r["state"] == "FIN-WAIT-2"], "a session of the server's")
                 assert bed.stop() == 0
                 with pytest.raises(ConnectionResetError):
                     peer.recv(1)
                 peer.close()
+                # RST in CLOSE-WAIT: Linux says EPIPE
+                assert wait_for(lambda: half.getsockopt(ksocket.SOL_SOCKET, ksocket.SO_ERROR), "RST") == errno.EPIPE
+                half.close()
             wait_for(lambda: not proxy.server_alive, "news of the server's end")
             start = time.monotonic()
             with pytest.raises(OSError) as caught:
@@ -568,5 +678,12 @@ class TestEnd:
                 app.close()
                 assert peer.recv(100) == b""
                 peer.close()
+                bed.server = bed.start()  # its socket files and rules lie there still
+                with tcp(bed.proxy()) as again:
+                    again.connect(listening.getsockname())
+                    peer, _ = listening.accept()
+                    again.sendall(b"new life")
+                    assert peer.recv(100) == b"new life"
+                    peer.close()
         finally:
             bed.close()

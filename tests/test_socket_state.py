@@ -1,5 +1,6 @@
 """What surrounds the data: descriptors for select, poll and epoll, options, and the end of sockets and hosts."""
 
+import asyncio
 import errno
 import gc
 import os
@@ -7,13 +8,16 @@ import random
 import select
 import selectors
 import struct
+import subprocess
+import sys
+import threading
 import time
 import warnings
 
 import pytest
 from sockethosts import B, listening, read_all, running
 
-from ulnet.stack import socket
+from ulnet.stack import embedded, socket
 from ulnet.stack.embedded import Embedded
 
 pytest_plugins = ["socketfixtures"]
@@ -39,6 +43,43 @@ def test_descriptor_tells_the_truth(joined: tuple[socket.socket, socket.socket])
     assert client.fileno() == -1
     with pytest.raises(OSError):
         os.fstat(fd)
+
+
+def test_registered_before_connecting(hosts: tuple[Embedded, Embedded]) -> None:
+    with listening(hosts[1]) as listener, socket.socket(host=hosts[0]) as sock, select.epoll() as epoll:
+        sock.setblocking(False)
+        epoll.register(sock.fileno(), select.EPOLLOUT | select.EPOLLET)
+        epoll.poll(0)
+        assert sock.connect_ex(listener.getsockname()) == errno.EINPROGRESS
+        assert epoll.poll(5) == [(sock.fileno(), select.EPOLLOUT)]
+        listener.accept()[0].close()
+
+
+def test_asyncio_streams(hosts: tuple[Embedded, Embedded]) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            writer.write(line[::-1])
+            await writer.drain()
+        writer.close()
+
+    async def talk(address: tuple[str, int], i: int) -> None:
+        sock = socket.socket(host=hosts[0])
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, address)  # type: ignore[arg-type]
+        reader, writer = await asyncio.open_connection(sock=sock)  # type: ignore[arg-type]
+        for n in (10, 1000, 60_000):
+            writer.write(bytes([65 + i]) * n + b"\n")
+            assert await reader.readexactly(n + 1) == b"\n" + bytes([65 + i]) * n
+        writer.close()
+        await writer.wait_closed()
+
+    async def main() -> None:
+        listener = listening(hosts[1])
+        server = await asyncio.start_server(serve, sock=listener)  # type: ignore[arg-type]
+        async with server, asyncio.timeout(20):
+            await asyncio.gather(*(talk(listener.getsockname(), i) for i in range(10)))
+
+    asyncio.run(main())
 
 
 def test_selector_loop(hosts: tuple[Embedded, Embedded]) -> None:
@@ -321,6 +362,56 @@ def test_host_shutdown_delivers(hosts: tuple[Embedded, Embedded]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         a.shutdown()
+
+
+def test_lent_buffer_outlives_its_host() -> None:
+    a, b = embedded.pair()
+    with listening(b) as listener:
+        client = socket.create_connection(listener.getsockname(), 5, host=a)
+        server, _ = listener.accept()
+    client.sendall(b"kept" * 2000)
+    buffer = server.recv_buffer(8000)
+    client.close()
+    server.close()
+    a.shutdown(0.1)
+    b.shutdown(0.1)
+    del a, b, client, server
+    gc.collect()
+    view = memoryview(buffer)  # type: ignore[arg-type]
+    assert bytes(view[:8]) == b"keptkept"
+    view.release()
+    buffer.release()
+
+
+def test_forgotten_host_warns_and_ends_its_thread() -> None:
+    before = threading.active_count()
+    a, b = embedded.pair()
+    assert threading.active_count() == before + 2
+    with pytest.warns(ResourceWarning, match="unclosed <Embedded"):
+        del a, b
+        gc.collect()
+    assert threading.active_count() == before
+
+
+def test_program_end_delivers() -> None:
+    code = """
+import os, threading
+from ulnet.stack import embedded, socket
+a, b = embedded.pair()
+listener = socket.create_server(("", 7), host=b)
+client = socket.create_connection(("10.0.0.2", 7), host=a)
+server, _ = listener.accept()
+def read():
+    n = 0
+    while data := server.recv(65536):
+        n += len(data)
+    print(n, flush=True)
+threading.Thread(target=read, daemon=True).start()
+client.sendall(bytes(3_000_000))
+client.close()
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert out.returncode == 0 and out.stdout == "3000000\n", out.stderr
 
 
 def test_default_host(hosts: tuple[Embedded, Embedded]) -> None:

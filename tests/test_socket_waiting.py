@@ -248,7 +248,9 @@ def test_bind_before_connect_and_conflicts(hosts: tuple[Embedded, Embedded]) -> 
     with listening(b, 7002) as listener:
         with socket.create_connection((B, 7002), 5, ("", 5555), host=a) as sock:
             assert sock.getsockname() == (A, 5555)
-            assert listener.accept()[1] == (A, 5555)
+            server, peer = listener.accept()
+            assert peer == (A, 5555)
+            server.close()
         with pytest.raises(OSError, match="while attempting to bind") as caught:
             socket.create_server(("", 7002), host=b)
         assert caught.value.errno == errno.EADDRINUSE

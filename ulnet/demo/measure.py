@@ -73,6 +73,10 @@ class Worker:
             raise RuntimeError(answer["error"])
         return answer
 
+    def address(self, api: str) -> str:
+        """Where this end is reached: every ulnet interface serves the same address."""
+        return self.local["kernel" if api == "kernel" else "ulnet"]
+
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -86,13 +90,12 @@ def cpu_plan() -> tuple[list[int], list[int]]:
 
 
 def once(a: Worker, b: Worker, api: str, command: dict[str, Any]) -> dict[str, Any]:
-    """Run one measurement; the sending side's figures."""
+    """Run one measurement; both ends' figures."""
     b.write(command | {"api": api, "side": "b"})
     port = b.read()["port"]
-    a.write(command | {"api": api, "side": "a", "peer": b.local[api], "port": port})
+    a.write(command | {"api": api, "side": "a", "peer": b.address(api), "port": port})
     figures: dict[str, Any] = a.read()["ok"]
-    b.read()
-    return figures
+    return figures | b.read()["ok"]
 
 
 def compare(a: Worker, b: Worker, rows: list[Test], rounds: int, step: Callable[[], None]) -> None:

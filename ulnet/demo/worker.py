@@ -1,7 +1,8 @@
 """One end of a measurement: a process that holds kernel sockets and ulnet sockets and is told what to do.
 
 Commands and answers are JSON lines on standard input and output. Both ends run this same program, so
-"both ends alike" is true by construction: ``api`` chooses the socket module, nothing else changes.
+"both ends alike" is true by construction: ``api`` chooses the socket module, nothing else changes. It is
+"kernel", "ulnet", or "ulnet-shm" and "ulnet-ipc" for the other two packet interfaces.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import socket as kernel
 import statistics
+import struct
 import sys
 import time
 from typing import Any
@@ -20,17 +22,64 @@ from ulnet.stack import proxy
 
 TIMEOUT_S = 20.0
 CHUNK = 1 << 20
+END_EVERY_S = 0.01  # the end of a datagram train is said again and again, because datagrams get lost
 
 
-def _module(api: str) -> Any:
-    return kernel if api == "kernel" else user
+class Ends:
+    """What this process opens sockets with: the kernel, and one attachment to the server for each packet interface."""
+
+    def __init__(self, server: str, local: dict[str, str]) -> None:
+        self._server = server
+        self._local = local
+        self._hosts: dict[str, proxy.Proxy] = {}
+
+    def host(self, api: str) -> proxy.Proxy:
+        interface = api.partition("-")[2] or "ipf"
+        if interface not in self._hosts:
+            self._hosts[interface] = proxy.Proxy(self._server, interface=interface)
+        return self._hosts[interface]
+
+    def socket(self, api: str, proto: str) -> Any:
+        kind = kernel.SOCK_STREAM if proto == "tcp" else kernel.SOCK_DGRAM
+        if api == "kernel":
+            return _patient(kernel.socket(kernel.AF_INET, kind))
+        sock = user.socket(kernel.AF_INET, kind, host=self.host(api))
+        sock.settimeout(TIMEOUT_S)
+        return sock
+
+    def address(self, api: str) -> str:
+        return self._local["kernel" if api == "kernel" else "ulnet"]
+
+    def counters(self, api: str) -> dict[str, int]:
+        return {} if api == "kernel" else self.host(api).engine.counters()
+
+    def shutdown(self) -> None:
+        for host in self._hosts.values():
+            host.shutdown()
+
+
+def _patient(sock: kernel.socket) -> kernel.socket:
+    """Blocking, but not for ever. A time-out of Python's would cost the kernel's side a poll(2) a call."""
+    sock.setblocking(True)
+    for option in (kernel.SO_RCVTIMEO, kernel.SO_SNDTIMEO):
+        sock.setsockopt(kernel.SOL_SOCKET, option, struct.pack("@ll", int(TIMEOUT_S), 0))
+    return sock
+
+
+def _accept(listener: Any, api: str) -> Any:
+    connection, _ = listener.accept()
+    if api == "kernel":
+        return _patient(connection)
+    connection.settimeout(TIMEOUT_S)
+    return connection
 
 
 def _tune(sock: Any, api: str, tcp: bool, spin: bool) -> None:
     if tcp:
         sock.setsockopt(kernel.IPPROTO_TCP, kernel.TCP_NODELAY, 1)
     # A kernel socket spins by not blocking; an ulnet socket spins by itself before it sleeps.
-    sock.settimeout(0.0 if spin and api == "kernel" else TIMEOUT_S)
+    if spin and api == "kernel":
+        sock.setblocking(False)
 
 
 def _receive(sock: Any, view: memoryview, want: int) -> int:
@@ -52,37 +101,40 @@ def _receive(sock: Any, view: memoryview, want: int) -> int:
     return got
 
 
-def _pair(api: str, command: dict[str, Any], local: str) -> Any:
+def _listen(ends: Ends, api: str, proto: str, backlog: int = 1) -> Any:
+    """Side b's first socket; its port is told to side a."""
+    sock = ends.socket(api, proto)
+    sock.setsockopt(kernel.SOL_SOCKET, kernel.SO_REUSEADDR, 1)
+    sock.bind((ends.address(api), 0))
+    if proto == "tcp":
+        sock.listen(backlog)
+    _say({"port": sock.getsockname()[1]})
+    return sock
+
+
+def _pair(ends: Ends, command: dict[str, Any]) -> Any:
     """The connected socket of this end."""
-    module = _module(api)
-    tcp = command["proto"] == "tcp"
-    kind = kernel.SOCK_STREAM if tcp else kernel.SOCK_DGRAM
+    api, proto = command["api"], command["proto"]
     if command["side"] == "b":
-        sock = module.socket(kernel.AF_INET, kind)
-        sock.setsockopt(kernel.SOL_SOCKET, kernel.SO_REUSEADDR, 1)
-        sock.settimeout(TIMEOUT_S)
-        sock.bind((local, 0))
-        if tcp:
-            sock.listen(1)
-        _say({"port": sock.getsockname()[1]})
-        if tcp:
-            connection, _ = sock.accept()
-            sock.close()
-            return connection
+        sock = _listen(ends, api, proto)
+        if proto == "tcp":
+            with sock:
+                return _accept(sock, api)
         _, peer = sock.recvfrom(64)
         sock.connect(peer)
         sock.send(b"hello")
         return sock
-    sock = module.socket(kernel.AF_INET, kind)
-    sock.settimeout(TIMEOUT_S)
+    sock = ends.socket(api, proto)
     sock.connect((command["peer"], command["port"]))
-    if not tcp:
+    if proto == "udp":
         sock.send(b"hello")
         sock.recv(64)
     return sock
 
 
-def _round_trips(sock: Any, api: str, command: dict[str, Any]) -> dict[str, Any]:
+def _round_trips(ends: Ends, sock: Any, command: dict[str, Any]) -> dict[str, Any]:
+    """``counters``: also what the engine counted in the measured part."""
+    api = command["api"]
     _tune(sock, api, command["proto"] == "tcp", command.get("spin", True))
     size, count, warm = command["size"], command["count"], command["warm"]
     buffer = memoryview(bytearray(size))
@@ -95,12 +147,17 @@ def _round_trips(sock: Any, api: str, command: dict[str, Any]) -> dict[str, Any]
                 break
             sock.send(message)
         return {}
-    for _ in range(count + warm):
+    for _ in range(warm):
+        sock.send(message)
+        _receive(sock, buffer, size)
+    before = ends.counters(api)
+    for _ in range(count):
         start = clock()
         sock.send(message)
         _receive(sock, buffer, size)
         times.append(clock() - start)
-    return {"us": statistics.median(times[warm:]) / 1000}
+    counted = {name: value - before[name] for name, value in ends.counters(api).items() if name in before}
+    return {"us": statistics.median(times) / 1000, "counters": counted}
 
 
 def _bulk(sock: Any, command: dict[str, Any]) -> dict[str, Any]:
@@ -123,18 +180,75 @@ def _bulk(sock: Any, command: dict[str, Any]) -> dict[str, Any]:
     seconds = (time.perf_counter_ns() - start) / 1e9
     if answer != b"k":
         raise ConnectionError("the receiver did not get everything")
-    return {"gbit": total * 8 / seconds / 1e9}
+    return {"gbit": total * 8 / seconds / 1e9, "seconds": seconds}
 
 
-def _run(command: dict[str, Any], local: dict[str, str]) -> dict[str, Any]:
-    api = command["api"]
-    sock = _pair(api, command, local[api])
-    try:
+def _connections(ends: Ends, command: dict[str, Any]) -> dict[str, Any]:
+    """Connect, exchange one byte each way, close; one connection after the other."""
+    api, count = command["api"], command["count"]
+    if command["side"] == "b":
+        with _listen(ends, api, "tcp", 16) as listener:
+            for _ in range(count):
+                with _accept(listener, api) as connection:
+                    if connection.recv(1):
+                        connection.send(b"a")
+                        connection.recv(1)  # the end: the asking side closes first and keeps TIME-WAIT
+        return {}
+    times = []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        with ends.socket(api, "tcp") as sock:
+            sock.connect((command["peer"], command["port"]))
+            sock.send(b"q")
+            if sock.recv(1) != b"a":
+                raise ConnectionError("the peer closed instead of answering")
+        times.append(time.perf_counter_ns() - start)
+    return {"us": statistics.median(times) / 1000}
+
+
+def _train(sock: Any, command: dict[str, Any]) -> dict[str, Any]:
+    """Datagrams as fast as they go. The receiver's figure counts: ``us`` for each datagram that arrived."""
+    count, size = command["count"], command["size"]
+    if command["side"] == "a":
+        message = b"d" * size
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            sock.send(message)
+        seconds = (time.perf_counter_ns() - start) / 1e9
+        sock.settimeout(END_EVERY_S)
+        for _ in range(int(TIMEOUT_S / END_EVERY_S)):
+            sock.send(b"end")
+            try:
+                sock.recv(64)
+                return {"sent_us": seconds / count * 1e6}
+            except TimeoutError:
+                continue
+        raise TimeoutError("the receiver did not answer")
+    buffer = memoryview(bytearray(max(size, 64)))
+    received = 0
+    first = last = 0
+    while True:
+        n = sock.recv_into(buffer)
+        if n == 3 and buffer[:3] == b"end":
+            break
+        received += 1
+        last = time.perf_counter_ns()
+        first = first or last
+    sock.send(b"got it")
+    if received < 2:
+        raise ConnectionError(f"{received} of {count} datagrams arrived")
+    return {"us": (last - first) / (received - 1) / 1000, "lost": 1 - received / count}
+
+
+def _run(ends: Ends, command: dict[str, Any]) -> dict[str, Any]:
+    if command["op"] == "connect":
+        return _connections(ends, command)
+    with _pair(ends, command) as sock:
         if command["op"] == "rtt":
-            return _round_trips(sock, api, command)
+            return _round_trips(ends, sock, command)
+        if command["op"] == "train":
+            return _train(sock, command)
         return _bulk(sock, command)
-    finally:
-        sock.close()
 
 
 def _say(answer: dict[str, Any]) -> None:
@@ -145,13 +259,15 @@ def main() -> None:
     setup = json.loads(sys.argv[1])
     os.sched_setaffinity(0, setup["cpus"])
     who = unprivileged.drop()
-    user.set_default_host(proxy.Proxy(setup["server"]))
+    ends = Ends(setup["server"], setup["local"])
+    ends.host("ulnet")  # a server that is not there shows here
     _say({"who": who})
     for line in sys.stdin:
         try:
-            _say({"ok": _run(json.loads(line), setup["local"])})
+            _say({"ok": _run(ends, json.loads(line))})
         except OSError as error:
             _say({"error": f"{type(error).__name__}: {error}"})
+    ends.shutdown()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.acceptance.beds import ADDRESS, PEER, Hosts, meanwhile
+from tests.acceptance.beds import ADDRESS, PEER, Hosts, meanwhile, one_processor
 from tests.acceptance.shell import digest_of, receive_exactly, receive_into, send_stream
 from ulnet.kernelshim.testbed import Host, can_testbed
 
@@ -113,17 +112,6 @@ def ping(host: Host, size: int) -> None:
             if packet[20] == 0:
                 assert packet[28:] == payload
                 return
-
-
-@contextmanager
-def one_processor() -> Iterator[None]:
-    """Everything of this test on one: a veth pair has a queue for each, so a sender that moves overtakes itself."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def talk(hosts: Hosts) -> None:

@@ -312,10 +312,7 @@ class TestTheServerIsKilled:
     def test_a_program_joins_the_new_server(self, own: Hosts) -> None:
         """After a restart the default host attaches anew (proxy.connect_default)."""
         app = own.app()
-        app.do(
-            f"os.environ['ULNET_SERVER'] = {own.path!r}; socket.set_default_host(None)\n"
-            f"old = udp_socket()"
-        )
+        app.do(f"os.environ['ULNET_SERVER'] = {own.path!r}; socket.set_default_host(None)\nold = udp_socket()")
         own.server.kill()
         own.server.wait()
         own.server = own.start()

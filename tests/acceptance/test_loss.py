@@ -56,7 +56,9 @@ def test_embedded(what: str) -> None:
         assert at_client == [digest_of(size, 2)]
         for link in links:
             counted = link.counters()
-            assert any(counted[f"fault_tx_{kind}"] for kind in ("lost", "duplicated", "reordered", "corrupted")), counted
+            assert any(counted[f"fault_tx_{kind}"] for kind in ("lost", "duplicated", "reordered", "corrupted")), (
+                counted
+            )
         client.close()
         assert server.recv(1) == b""
         server.close()

@@ -87,7 +87,9 @@ class TestCurl:
         app.do(SERVE_HTTP)
         base = f"http://{ADDRESS}:{app.value('port')}"
         # Several requests on one connection.
-        result = curl(hosts, "-D", "-", "-o", "/dev/null", *(f"{base}/{n}" for n in (0, 1, 1448, 100_000)), "-o/dev/null")
+        result = curl(
+            hosts, "-D", "-", "-o", "/dev/null", *(f"{base}/{n}" for n in (0, 1, 1448, 100_000)), "-o/dev/null"
+        )
         assert result.returncode == 0, result.stderr
         result = curl(hosts, "-w", "%{http_code} %{num_connects}", f"{base}/nothing")
         assert result.stdout == b"no such thing404 1"
@@ -146,7 +148,9 @@ def test_nginx(hosts: Hosts) -> None:
         f"{user} daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/nginx.log;\n"
         "events {}\n"
         "http { access_log off; sendfile on; tcp_nopush on;\n"
-        + "".join(f"{what}_temp_path {folder}/{what};\n" for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        + "".join(
+            f"{what}_temp_path {folder}/{what};\n" for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
         + f"server {{ listen {PEER}:8080; root {root}; }} }}\n"
     )
     assert NGINX is not None

@@ -291,6 +291,7 @@ cdef inline bint defer_for_more(const tcp_pcb *pcb, uint32_t n, uint32_t flight,
 
 cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     cdef uint32_t end, unsent, flight, win, cwin, avail, n, tail, largest, sent
+    cdef uint32_t burst = 0
     cdef uint32_t mss = pcb.eff_mss
     cdef int flags
     cdef bint resent, probe, cwnd_limited = False
@@ -354,8 +355,12 @@ cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
                 flags = TCP_PSH
             if tcp_has_sent_fin_state(pcb):
                 flags |= TCP_FIN     # needs no window: it takes no buffer
+        if env.burst_bytes and burst >= env.burst_bytes:
+            pcb.flags |= TF_OUTPUT
+            break
         if send_data(env, pcb, pcb.snd_nxt, n, flags, &sent) < 0:
             return
+        burst += sent
         pcb.flags &= ~<uint32_t>TF_FORCE
         if sent == 0:
             break

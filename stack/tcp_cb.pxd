@@ -153,11 +153,15 @@ cdef inline uint32_t tcp_ts_now(const tcp_pcb *pcb, int64_t now_ns) noexcept nog
 cdef inline void tcp_want_ack(tcp_pcb *pcb) noexcept nogil:
     pcb.flags |= TF_ACK_NOW | TF_OUTPUT
 
+cdef inline uint32_t tcp_rcv_room(const tcp_pcb *pcb) noexcept nogil:
+    # the receive buffer, or what the ring's slots can take of it
+    if pcb.rcv_limit_bytes and pcb.rcv_limit_bytes < pcb.rcvbuf_bytes:
+        return pcb.rcv_limit_bytes
+    return pcb.rcvbuf_bytes
+
 cdef inline uint32_t tcp_rcv_space(const tcp_pcb *pcb) noexcept nogil:
-    # free receive buffer, or what the ring's slots can take of it
-    cdef uint32_t room = pcb.rcvbuf_bytes
-    if pcb.rcv_limit_bytes and pcb.rcv_limit_bytes < room:
-        room = pcb.rcv_limit_bytes
+    # what is free of it
+    cdef uint32_t room = tcp_rcv_room(pcb)
     return room - <uint32_t>pcb.rcv.len_bytes if pcb.rcv.len_bytes < room else 0
 
 cdef inline uint32_t tcp_rcv_wnd(const tcp_pcb *pcb) noexcept nogil:

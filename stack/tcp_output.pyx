@@ -47,7 +47,7 @@ cdef uint32_t window_to_announce(const tcp_pcb *pcb) noexcept nogil:
     """The window field in bytes before scaling (RFC 9293 3.8.6.2.2); the right edge never moves back."""
     cdef uint32_t old = pcb.rcv_adv - pcb.rcv_nxt
     cdef uint32_t space = tcp_rcv_space(pcb)
-    cdef uint32_t step = pcb.rcvbuf_bytes // 2
+    cdef uint32_t step = tcp_rcv_room(pcb) // 2
     if step > pcb.our_mss:
         step = pcb.our_mss
     if space > <uint32_t>0xFFFF << pcb.rcv_wscale:

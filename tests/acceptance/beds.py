@@ -182,6 +182,21 @@ def total_retrans(sock: ksocket.socket) -> int:
 
 
 @contextmanager
+def one_processor() -> Iterator[None]:
+    """What starts in the block runs on one processor: this thread and its children.
+
+    A veth pair queues frames on the processor that sends them. A peer that sends from its own call on one and, as an
+    acknowledgement comes in, from another, overtakes itself; its fast retransmissions are then nobody's loss.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
 def meanwhile(function: Callable[..., Any], *arguments: Any) -> Iterator[list[Any]]:
     """Run it in a thread during the block; the list holds its result after the block. What it raises fails the test."""
     result: list[Any] = []

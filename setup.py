@@ -7,6 +7,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 FOLDERS = ("kernelshim", "stack")
+JOBS = int(os.environ.get("ULNET_BUILD_JOBS", "0")) or len(os.sched_getaffinity(0))
 
 
 def extensions() -> list[Extension]:
@@ -16,7 +17,8 @@ def extensions() -> list[Extension]:
         # A broken unpacking (links turned into text files) would otherwise give an empty wheel.
         raise SystemExit("setup.py: no .pyx file below ulnet/*/: were the links in ulnet/ unpacked as links?")
     sanitize = os.environ.get("ULNET_SANITIZE", "")
-    flags = ["-O2", "-fno-strict-aliasing", "-Wno-unused-function"]
+    # -g0: an interpreter built with -g passes it on, and debug information then takes a third of the build.
+    flags = ["-O2", "-g0", "-fno-strict-aliasing", "-Wno-unused-function"]
     if sanitize:
         flags += [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"]
     return [
@@ -35,7 +37,7 @@ setup(
     ext_modules=cythonize(
         extensions(),
         include_path=["."],
-        nthreads=int(os.environ.get("ULNET_BUILD_JOBS", os.cpu_count() or 1)),
+        nthreads=JOBS,
         compiler_directives={
             "language_level": "3",
             "boundscheck": False,
@@ -45,5 +47,6 @@ setup(
             "embedsignature": True,
         },
         show_all_warnings=False,
-    )
+    ),
+    options={"build_ext": {"parallel": JOBS}},
 )

@@ -1,4 +1,4 @@
-"""Mach's calls on a task's name space, and the bootstrap names: what LocalTask calls and the hub does for remote tasks."""
+"""Mach's calls on a task's name space, and the bootstrap names; the hub makes them for local and remote tasks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,8 @@ from .codes import (
     RightSet,
 )
 from .message import Sender
-from .ports import MACH_PORT_QLIMIT_MAX, MACH_PORT_UREFS_MAX, T_RECEIVE, T_SEND, T_SEND_ONCE, Entry, Kernel, Port, Space
+from .objects import MACH_PORT_QLIMIT_MAX, MACH_PORT_UREFS_MAX, Entry, Port, Space
+from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE, Kernel
 
 _BITS = {
     Right.SEND: int(RightSet.SEND),
@@ -44,12 +45,13 @@ def default_policy(name: str, sender: Sender, hub: Sender) -> bool:
     return sender.uid in (0, hub.uid) or name.startswith(f"user.{sender.uid}.")
 
 
+Policy = Callable[[str, Sender, Sender], bool]
+
+
 class Calls:
     """The calls, each on a given space. Refusals raise MachError; nothing is changed then."""
 
-    def __init__(
-        self, kernel: Kernel, bootstrap_policy: Callable[[str, Sender, Sender], bool] = default_policy
-    ) -> None:
+    def __init__(self, kernel: Kernel, bootstrap_policy: Policy = default_policy) -> None:
         self.kernel = kernel
         self.policy = bootstrap_policy
         # Holds the receive rights nobody has checked in for and send rights to what is published.
@@ -94,7 +96,7 @@ class Calls:
             self.kernel.drop_entry(entry)
 
     def _destroy_receive(self, entry: Entry) -> None:
-        """The receive right goes; a send right under the same name becomes a dead name, or stays if the port lives on."""
+        """The receive right goes; a send right under its name becomes a dead name, or stays if the port lives on."""
         port = entry.port
         self.kernel.recall(port)
         entry.bits &= ~int(RightSet.RECEIVE)
@@ -122,9 +124,8 @@ class Calls:
             return
         if right in (Right.RECEIVE, Right.SEND_ONCE):
             if delta != -1:
-                raise MachError(
-                    KernReturn.KERN_INVALID_VALUE, f"{Right(right).name} has one reference, delta was {delta}"
-                )
+                what = f"{Right(right).name} has one reference, delta was {delta}"
+                raise MachError(KernReturn.KERN_INVALID_VALUE, what)
             if right == Right.RECEIVE:
                 self._destroy_receive(entry)
             else:
@@ -133,9 +134,7 @@ class Calls:
             return
         urefs = entry.urefs + delta
         if urefs < 0:
-            raise MachError(
-                KernReturn.KERN_INVALID_VALUE, f"name {name} has {entry.urefs} references, delta was {delta}"
-            )
+            raise MachError(KernReturn.KERN_INVALID_VALUE, f"name {name} has {entry.urefs} references, delta {delta}")
         if urefs > MACH_PORT_UREFS_MAX:
             raise MachError(KernReturn.KERN_UREFS_OVERFLOW, f"at most {MACH_PORT_UREFS_MAX} references")
         if urefs:
@@ -156,9 +155,9 @@ class Calls:
             return 0
         return 1 if right in (Right.RECEIVE, Right.SEND_ONCE) else entry.urefs
 
-    def names(self, space: Space) -> dict[int, RightSet]:
+    def names(self, space: Space) -> list[tuple[int, int]]:
         """mach_port_names: every name with what it denotes."""
-        return {name: RightSet(entry.bits) for name, entry in space.entries.items()}
+        return [(name, entry.bits) for name, entry in space.entries.items()]
 
     def type(self, space: Space, name: int) -> RightSet:
         """mach_port_type."""
@@ -172,9 +171,7 @@ class Calls:
         if new in space.entries:
             raise MachError(KernReturn.KERN_NAME_EXISTS, f"name {new} is in use")
         if entry.bits & RightSet.RECEIVE and entry.port.unacked:
-            raise MachError(
-                KernReturn.KERN_FAILURE, f"messages to {old} are on their way to the task; receive them first"
-            )
+            raise MachError(KernReturn.KERN_FAILURE, f"messages to {old} are on their way: receive them first")
         del space.entries[old]
         entry.name = new
         space.entries[new] = entry
@@ -239,7 +236,7 @@ class Calls:
     def request_notification(
         self, space: Space, name: int, variant: int, sync: int, notify: int, disposition: int = MsgType.MAKE_SEND_ONCE
     ) -> int:
-        """mach_port_request_notification; returns the previous request's send-once right (PORT_NULL if there was none)."""
+        """mach_port_request_notification; returns the previous request's send-once right or PORT_NULL."""
         kernel = self.kernel
         if disposition not in (MsgType.MAKE_SEND_ONCE, MsgType.MOVE_SEND_ONCE):
             raise MachError(KernReturn.KERN_INVALID_VALUE, f"disposition {disposition} makes no send-once right")

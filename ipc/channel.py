@@ -1,4 +1,4 @@
-"""One ZeroMQ connection of a remote task to its hub, used by one thread at a time; waiting also notices the hub's death."""
+"""One ZeroMQ connection of a remote task to its hub, used by one thread at a time; waiting notices its death."""
 
 import threading
 import time
@@ -12,9 +12,11 @@ from .message import Buffer
 from .wire import Op
 
 _POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
 # After a hang-up a reply may still be on its way through libzmq's own thread.
 _GRACE_MS = 50
 
+Context = zmq.Context[zmq.Socket[bytes]]
 Frames = tuple[bytes, list[Buffer]]
 
 
@@ -35,10 +37,9 @@ class ServerGone(MachError):
 class Channel:
     """A DEALER socket with the request numbers and the flow control of posts. Hold `lock` while using it."""
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], path: str, token: bytes, kind: int, side_fd: int
-    ) -> None:
+    def __init__(self, context: Context, path: str, token: bytes, kind: int, side_fd: int) -> None:
         self.path = path
+        self._key = token[-wire.KEY_BYTES :]
         self.lock = threading.Lock()
         self.seq = 0
         self.posts_sent = 0
@@ -53,7 +54,7 @@ class Channel:
         self.sock.send(wire.HELLO.pack(Op.HELLO, wire.VERSION, kind, token))
         # Events 0 on the side channel: only its hang-up, not descriptors that arrive on it.
         self.side_fd = side_fd
-        self.items: list[tuple[Any, int]] = [(self.sock, zmq.POLLIN), (side_fd, zmq.POLLERR)]
+        self.items: list[tuple[Any, int]] = [(self.sock, _POLLIN), (side_fd, int(zmq.POLLERR))]
 
     def next_seq(self) -> int:
         self.seq = (self.seq + 1) & 0xFFFFFFFF
@@ -62,15 +63,17 @@ class Channel:
     def send(self, header: bytes, ool: list[Buffer]) -> None:
         """Never blocks: the queue in this process is unbounded, and what goes in is bounded."""
         if ool:
-            self.sock.send_multipart([header, *ool], copy=False)
+            self.sock.send_multipart([self._key + header, *ool], copy=False)
         else:
-            self.sock.send(header)
+            self.sock.send(self._key + header, _NOBLOCK)
+
+    def readable(self) -> bool:
+        """Is a frame there? (Also lets libzmq handle its commands.)"""
+        return bool(int(self.sock.get(zmq.EVENTS)) & _POLLIN)
 
     def wait(self, timeout_ms: int) -> bool:
-        """Wait for a frame; False when the time is over or another descriptor in `items` is ready. Raises ServerGone."""
+        """Wait for a frame; False: time is over, or only another descriptor of `items` is ready. Raises ServerGone."""
         sock = self.sock
-        if sock.get(zmq.EVENTS) & _POLLIN:
-            return True
         hung_up = False
         for what, _ in zmq.zmq_poll(self.items, timeout_ms):
             if what is sock:
@@ -84,13 +87,12 @@ class Channel:
 
     def read(self) -> Frames:
         """The next frame (there is one) and the out-of-line buffers with it."""
-        data = self.sock.recv()
+        frame = self.sock.recv(_NOBLOCK, copy=False)
+        data = frame.bytes
         ool: list[Buffer] = []
-        more = bool(self.sock.get(zmq.RCVMORE))
-        while more:
-            frame = self.sock.recv(copy=False)
+        while frame.more:
+            frame = self.sock.recv(_NOBLOCK, copy=False)
             ool.append(frame.buffer.toreadonly())
-            more = frame.more
         return data, ool
 
     def answer(self, seq: int, deadline: float | None) -> Frames | None:
@@ -101,9 +103,8 @@ class Channel:
             if op == Op.POSTED:
                 self.posted(data)
             elif op == Op.REFUSED:
-                raise PermissionError(
-                    wire.STATUS.unpack_from(data)[2], "the hub refused this process a connection", self.path
-                )
+                number = wire.STATUS.unpack_from(data)[2]
+                raise PermissionError(number, "the hub refused this process a connection", self.path)
             elif wire.SHORT.unpack_from(data)[1] == seq:
                 return data, ool
             elif op == Op.REPLY:
@@ -140,4 +141,4 @@ def status_of(data: bytes) -> tuple[int, bytes]:
 def raise_status(code: int, what: str = "") -> None:
     """Raise what the hub refused with."""
     if code:
-        raise MachError(code_of(code), what)  # type: ignore[arg-type]
+        raise MachError(code_of(code), what)

@@ -2,12 +2,13 @@
 
 `poll` -> `_read_router` -> `Conn.receive` -> kernel -> `settle` (deliver what is queued, resume who waits) -> handlers
 of the local task. A task is admitted on the side channel by the kernel's credentials; each of its ZeroMQ connections
-must begin with the token it got there, and libzmq must report the same process ("Peer-Address"). ZeroMQ's own routing
-ids begin with a zero byte and are never given twice in a hub's life; ids chosen by peers could be, so they are refused.
+must begin with the token it got there, and libzmq must report the same process ("Peer-Address"). Later
+frames carry the token's second half, because a routing id is no proof: see wire.py.
 """
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import logging
@@ -16,18 +17,22 @@ import secrets
 import select
 import socket
 import stat
+import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import zmq
+import zmq.utils.garbage  # noqa: F401  first, so that _close_all below runs before it ends at exit
 
 from . import sidechannel, wire
-from .calls import Calls, default_policy
+from .calls import Calls, Policy, default_policy
 from .local import LocalTask
 from .message import Buffer, Message, Sender
-from .ports import Kernel, Limits, Port, Space
+from .objects import Limits, Port, Space
+from .ports import Kernel
 from .remote import Conn, RemoteTask
 from .wire import Op
 
@@ -37,6 +42,10 @@ Handler = Callable[[Message, Sender], object]
 
 # Frames handled between two looks at the side channels and the caller's own descriptors.
 _BATCH = 64
+# Plain ints: or-ing pyzmq's flag enums costs microseconds.
+_POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE = int(zmq.SNDMORE | zmq.NOBLOCK)
 _LISTEN_BACKLOG = 1024
 
 
@@ -49,9 +58,10 @@ class Hub:
         *,
         mode: int = 0o600,
         limits: Limits | None = None,
-        bootstrap_policy: Callable[[str, Sender, Sender], bool] = default_policy,
+        bootstrap_policy: Policy = default_policy,
     ) -> None:
         self.path = os.fspath(path)
+        self.thread = threading.get_ident()
         self.limits = limits or Limits()
         self.counters: Counter[str] = Counter()
         self.sender = Sender(0, os.getpid(), os.geteuid(), os.getegid())
@@ -69,10 +79,13 @@ class Hub:
         self._settling = False
         self._polling = False
         self._closed = False
+        self._listener_off = False
+        self._seen_empty = False  # no message was in the router at the last look, and nothing was sent since
         self._watched: dict[int, Callable[[int], None]] = {}
         local_space = Space(self.sender, 1 << 20)
         self._local = LocalTask(self, local_space)
         self._open(mode)
+        _hubs.add(self)
 
     # -- start and end ----------------------------------------------------------------------------------------------
 
@@ -92,7 +105,8 @@ class Hub:
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._watch(self._wake, lambda events: None)
-        self._watch(self._router.getsockopt(zmq.FD), lambda events: None)
+        self._router_fd = int(self._router.get(zmq.FD))
+        self._watch(self._router_fd, lambda events: None)
         self._watch(self._listener.fileno(), self._on_connect)
 
     def _remove_stale(self, name: str) -> None:
@@ -106,9 +120,10 @@ class Hub:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
                 try:
                     probe.connect(name)
-                except (ConnectionRefusedError, FileNotFoundError, OSError) as error:
-                    if error.errno in (errno.EACCES, errno.EPERM, errno.EAGAIN):
-                        raise
+                except OSError as error:
+                    number = error.errno or errno.EIO
+                    if number != errno.ECONNREFUSED:  # refused: nobody listens, the file is a dead hub's
+                        raise OSError(number, os.strerror(number), name) from None
                 else:
                     pid = sidechannel.peer_credentials(probe)[0]
                     raise OSError(errno.EADDRINUSE, f"already served at {self.path} by pid {pid}")
@@ -125,7 +140,7 @@ class Hub:
         try:
             self._listener.bind(side_path)
             self._router.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.MAXMSGSIZE, self.limits.message_bytes + wire.REQUEST.size)
+            self._router.setsockopt(zmq.MAXMSGSIZE, self.limits.message_bytes + wire.REQUEST.size + wire.KEY_BYTES)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._router.setsockopt(zmq.BACKLOG, _LISTEN_BACKLOG)
             self._router.setsockopt(zmq.RCVHWM, 256)
@@ -168,6 +183,14 @@ class Hub:
         self._context.term()
         self._epoll.close()
         os.close(self._wake)
+
+    def forked(self) -> None:
+        """In the child of a fork: the hub is the parent's; its death must show as a hang-up at once."""
+        self._closed = True
+        os.close(self._listener.detach())
+        for task in self._tasks.values():
+            os.close(task.sock.detach())
+        self._epoll.close()
 
     def __enter__(self) -> Hub:
         return self
@@ -214,25 +237,32 @@ class Hub:
 
     def poll(self, timeout: float | None = 0.0) -> int:
         """Handle what is there; wait for something first, at most `timeout` seconds (None: for ever)."""
-        if self._polling:
-            raise RuntimeError("Hub.poll was called from a handler")
+        if self._polling or self._closed:
+            what = "called from a handler" if self._polling else "closed, or of the parent process"
+            raise RuntimeError(f"Hub.poll: {what}")
         self._polling = True
         try:
-            handled = self._read_router()
-            for fd, events in self._epoll.poll(0 if handled or self._dead else timeout):
-                if fd == self._wake:
+            handled = look = 0
+            for fd, events in self._epoll.poll(timeout):
+                if fd == self._router_fd:
+                    look = 1
+                elif fd == self._wake:
                     os.eventfd_read(self._wake)
-                    continue
-                callback = self._watched.get(fd)
-                if callback is not None:
+                    look = 1
+                elif (callback := self._watched.get(fd)) is not None:
                     callback(events)
                     handled += 1
-            handled += self._read_router()
+            if handled and self._listener_off:
+                self._listener_off = False
+                self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
+            if look or self._dead:  # what the dead sent before they died
+                handled += self._read_router()
             while self._dead:
                 self._bury(self._dead.popleft())
                 handled += 1
             self.settle()
-            handled += self._run_ready()
+            if self._ready:
+                handled += self._run_ready()
             return handled
         finally:
             self._polling = False
@@ -244,13 +274,18 @@ class Hub:
     def stir(self) -> None:
         """Make fileno() readable if there is work that no descriptor shows.
 
-        ZeroMQ's descriptor is edge-triggered: a send may have swallowed the sign of messages that wait (zmq_getsockopt(3),
-        ZMQ_FD). Called at the end of poll and after every operation from outside it.
+        ZeroMQ's descriptor is edge-triggered: a send may have swallowed the sign of messages that wait
+        (zmq_getsockopt(3), ZMQ_FD). Called at the end of poll and after every operation from outside it. Looking costs
+        about 3 us, so it is done only when something was sent since the last look.
         """
         if self._polling or self._closed:
             return
-        if self._ready or self._dead or self._router.get(zmq.EVENTS) & zmq.POLLIN:
+        if self._ready or self._dead or not (self._seen_empty or self._router_empty()):
             os.eventfd_write(self._wake, 1)
+
+    def _router_empty(self) -> bool:
+        self._seen_empty = not int(self._router.get(zmq.EVENTS)) & _POLLIN
+        return self._seen_empty
 
     def settle(self) -> None:
         """Move messages until nothing can move. Handlers of the local task run later, from poll."""
@@ -318,12 +353,13 @@ class Hub:
 
     def send_frames(self, rid: bytes, frames: list[Buffer]) -> None:
         """Frames to a peer. Never blocks: who does not read loses, nobody else."""
+        self._seen_empty = False
         try:
             if len(frames) == 1:
-                self._router.send(rid, zmq.SNDMORE | zmq.NOBLOCK)
-                self._router.send(frames[0], zmq.NOBLOCK)
+                self._router.send(rid, _MORE)
+                self._router.send(frames[0], _NOBLOCK)
             else:
-                self._router.send_multipart([rid, *frames], zmq.NOBLOCK, copy=False)
+                self._router.send_multipart([rid, *frames], _NOBLOCK, copy=False)
         except zmq.Again:
             self.counters["frame dropped: peer does not read"] += 1
         except zmq.ZMQError as error:
@@ -353,26 +389,33 @@ class Hub:
         router = self._router
         handled = self._run_ready() if self._ready else 0
         for _ in range(_BATCH):
-            if not router.get(zmq.EVENTS) & zmq.POLLIN:
-                break
             try:
-                rid = router.recv(zmq.NOBLOCK)
+                rid = router.recv(_NOBLOCK)
             except zmq.Again:
+                self._seen_empty = True
                 break
             conn = self._conns.get(rid)
             if conn is None:
-                self._admit(rid, router.recv_multipart(zmq.NOBLOCK, copy=False))
+                self._admit(rid, router.recv_multipart(_NOBLOCK, copy=False))
             else:
-                data = router.recv()
-                ool: list[Buffer] = []
-                if router.get(zmq.RCVMORE):
-                    ool = self._read_buffers()
-                conn.receive(data, ool)
+                frame = router.recv(_NOBLOCK, copy=False)
+                self._receive(conn, frame.bytes, self._read_buffers() if frame.more else [])
             handled += 1
             self.settle()
             if self._ready:
                 handled += self._run_ready()
+            if self._router_empty():
+                break
         return handled
+
+    def _receive(self, conn: Conn, data: bytes, ool: list[Buffer]) -> None:
+        try:
+            conn.receive(data, ool)
+        except Exception:
+            # A hole in our checks must cost the peer that found it, not everybody.
+            self.counters["task ended: internal error"] += 1
+            log.exception("a request of pid %d failed", conn.task.sender.pid)
+            self._dead.append(conn.task)
 
     def _read_buffers(self) -> list[Buffer]:
         """The out-of-line buffers of a message, uncopied; beyond the limit they are read and dropped."""
@@ -389,7 +432,7 @@ class Hub:
     def _admit(self, rid: bytes, frames: list[Any]) -> None:
         """The first frame of a connection: only a task's token opens it."""
         hello = bytes(frames[0]) if len(frames) == 1 and len(frames[0]) == wire.HELLO.size else b""
-        if rid[:1] != b"\0" or not hello or hello[0] != Op.HELLO or hello[1] != wire.VERSION:
+        if not hello or hello[0] != Op.HELLO or hello[1] != wire.VERSION:
             self.counters["frame dropped: unknown peer"] += 1
             return
         _, _, kind, token = wire.HELLO.unpack(hello)
@@ -424,6 +467,10 @@ class Hub:
                 return
             except OSError as error:
                 self.counters[f"connection refused: {errno.errorcode.get(error.errno or 0, 'error')}"] += 1
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    # Still readable: do not spin on it until something else has happened.
+                    self._epoll.modify(self._listener.fileno(), 0)
+                    self._listener_off = True
                 return
             self._new_task(sock)
 
@@ -435,6 +482,10 @@ class Hub:
             return
         try:
             pid, uid, gid = sidechannel.peer_credentials(sock)
+            if uid not in (0, self.sender.uid) and self._tasks_of(uid) >= self.limits.tasks_per_user:
+                self.counters["task refused: too many of one user"] += 1
+                sock.close()
+                return
             pidfd = sidechannel.peer_pidfd(sock, pid)
         except OSError:
             self.counters["task refused: no credentials"] += 1
@@ -456,6 +507,9 @@ class Hub:
         self._watch(sock.fileno(), lambda events: self._on_side(task, events))
         if pidfd >= 0:
             self._watch(pidfd, lambda events: self._dead.append(task))
+
+    def _tasks_of(self, uid: int) -> int:
+        return sum(task.sender.uid == uid for task in self._tasks.values())
 
     def _on_side(self, task: RemoteTask, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -488,3 +542,24 @@ def _same_peer(frame: Any, sender: Sender) -> bool:
         return (int(fields[-1]), int(fields[-3])) == (sender.pid, sender.uid)
     except (zmq.ZMQError, ValueError, IndexError, AttributeError):
         return True  # a libzmq built without peer credentials: the token alone decides
+
+
+
+
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for hub in list(_hubs):
+        if not hub._closed:
+            hub.forked()
+
+
+def _close_all() -> None:
+    for hub in list(_hubs):
+        if hub.thread == threading.get_ident():
+            hub.close()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forked)

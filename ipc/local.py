@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .calls import KIND_OF, PortStatus
-from .codes import PORT_NULL, KernReturn, MachError, MachMsgReturn, MsgOption, MsgType, Notify, Right, RightSet
-from .message import Buffer, Message, PortRight
-from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE, KMsg, Port, Space
+from .calls import KIND_OF
+from .codes import PORT_NULL, KernReturn, MachError, MachMsgReturn, MsgOption, MsgType, RightSet
+from .message import Buffer, Message, PortRight, close_fd
+from .names import Names
+from .objects import KMsg, Port, Space
+from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE
 
 if TYPE_CHECKING:
     from .hub import Hub
 
 
-class LocalTask:
+class LocalTask(Names):
     """The task of the process that hosts the hub. Same thread as Hub.poll; a full queue refuses at once."""
 
     def __init__(self, hub: Hub, space: Space) -> None:
@@ -41,6 +43,8 @@ class LocalTask:
     ) -> None:
         """Queue a message. MACH_SEND_TIMED_OUT when the queue is full, whatever the timeout: the hub cannot wait."""
         kernel, space = self._kernel, self.space
+        if not -(1 << 31) <= id < 1 << 31:
+            raise MachError(MachMsgReturn.MACH_SEND_INVALID_HEADER, f"message id {id} is no 32-bit number")
         port, disposition = kernel.peek(space, dest, remote_disposition)
         once = disposition in (T_SEND_ONCE, MsgType.MAKE_SEND_ONCE)
         if not once and port.full():
@@ -53,11 +57,11 @@ class LocalTask:
             for name, kind in body:
                 if kind == T_RECEIVE and name and kernel.circular(port, space.entries[name].port):
                     raise MachError(MachMsgReturn.MACH_SEND_INVALID_RIGHT, f"receive right {name} sent to itself")
-        owned = [os.dup(fd) for fd in fds]
+        buffers: list[Buffer] = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool]
+        owned = _duplicates(fds)
         kernel.copyin(space, dest, disposition)
         reply = kernel.copyin(space, local, local_disposition) if local else None
         moved = [(KIND_OF[kind], kernel.copyin(space, name, kind)) for name, kind in body]
-        buffers = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool]
         kernel.enqueue(
             KMsg(
                 port,
@@ -102,7 +106,7 @@ class LocalTask:
         rights: Iterable[PortRight] = (),
         id: int | None = None,
     ) -> None:
-        """Answer a message, now or later. Does nothing when it carried no reply right or the caller is gone (counted)."""
+        """Answer a message, now or later. Nothing to do when it has no reply right or the caller is gone (counted)."""
         remote, message.remote = message.remote, PORT_NULL
         if not remote:
             return
@@ -175,70 +179,22 @@ class LocalTask:
         self._hub.settle()
         self._hub.stir()
 
-    # -- names ------------------------------------------------------------------------------------------------------
-
-    def allocate(self, right: Right = Right.RECEIVE) -> int:
-        return self._hub.calls.allocate(self.space, right)
-
-    def destroy(self, name: int) -> None:
-        entry = self.space.entries.get(name)
+    def _call(self, method: str, *arguments: Any, leaving: int = PORT_NULL) -> Any:
+        entry = self.space.entries.get(leaving)
         port = entry.port if entry is not None else None
-        self._hub.calls.destroy(self.space, name)
+        result = getattr(self._hub.calls, method)(self.space, *arguments)
         self._done(port)
-
-    def deallocate(self, name: int) -> None:
-        self._hub.calls.deallocate(self.space, name)
-        self._done()
-
-    def mod_refs(self, name: int, right: Right, delta: int) -> None:
-        entry = self.space.entries.get(name)
-        port = entry.port if entry is not None else None
-        self._hub.calls.mod_refs(self.space, name, right, delta)
-        self._done(port)
-
-    def get_refs(self, name: int, right: Right) -> int:
-        return self._hub.calls.get_refs(self.space, name, right)
-
-    def names(self) -> dict[int, RightSet]:
-        return self._hub.calls.names(self.space)
-
-    def type(self, name: int) -> RightSet:
-        return self._hub.calls.type(self.space, name)
-
-    def rename(self, old: int, new: int) -> None:
-        self._hub.calls.rename(self.space, old, new)
-
-    def insert_right(self, name: int, port: int, disposition: MsgType) -> None:
-        self._hub.calls.insert_right(self.space, name, port, disposition)
-        self._done()
-
-    def extract_right(self, name: int, disposition: MsgType) -> int:
-        result = self._hub.calls.extract_right(self.space, name, disposition)
-        self._done()
         return result
 
-    def get_attributes(self, name: int) -> PortStatus:
-        return self._hub.calls.get_attributes(self.space, name)
 
-    def set_attributes(self, name: int, qlimit: int) -> None:
-        self._hub.calls.set_attributes(self.space, name, qlimit)
-        self._done()
-
-    def request_notification(
-        self, name: int, variant: Notify, sync: int, notify: int, disposition: MsgType = MsgType.MAKE_SEND_ONCE
-    ) -> int:
-        previous = self._hub.calls.request_notification(self.space, name, variant, sync, notify, disposition)
-        self._done()
-        return previous
-
-    def check_in(self, name: str) -> int:
-        port = self._hub.calls.check_in(self.space, name)
-        self._done()
-        return port
-
-    def look_up(self, name: str) -> int:
-        return self._hub.calls.look_up(self.space, name)
-
-    def register(self, name: str, port: int) -> None:
-        self._hub.calls.register(self.space, name, port)
-        self._done()
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    """The message's own copies of the caller's descriptors."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        for fd in copies:
+            close_fd(fd)
+        raise
+    return copies

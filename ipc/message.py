@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -64,7 +65,5 @@ class Message:
 
 def close_fd(fd: int) -> None:
     """Close a descriptor of ours; whatever close says, it is gone."""
-    try:
+    with suppress(OSError):
         os.close(fd)
-    except OSError:
-        pass

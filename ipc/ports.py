@@ -11,7 +11,6 @@ deep as a peer likes. Semantics: Mach 3 Kernel Interfaces; XNU osfmk/ipc is the 
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from struct import Struct
 
 from .codes import (
@@ -24,11 +23,9 @@ from .codes import (
     Notify,
     RightSet,
 )
-from .message import Buffer, Sender, close_fd
+from .message import Sender, close_fd
+from .objects import DEAD_PORT, MACH_PORT_UREFS_MAX, Entry, KMsg, Limits, Port, Rights, Space
 
-MACH_PORT_QLIMIT_DEFAULT = 5  # mach/port.h
-MACH_PORT_QLIMIT_MAX = 1024
-MACH_PORT_UREFS_MAX = 65535
 # Rights in transit may nest (a message to a port whose receive right is itself in a message, ...); XNU walks such a
 # chain without a bound, we refuse beyond this depth.
 TRANSIT_DEPTH_MAX = 64
@@ -41,147 +38,6 @@ _SEND_ONCE = int(RightSet.SEND_ONCE)
 _DEAD = int(RightSet.DEAD_NAME)
 T_RECEIVE, T_SEND, T_SEND_ONCE = int(MsgType.PORT_RECEIVE), int(MsgType.PORT_SEND), int(MsgType.PORT_SEND_ONCE)
 _COPY_SEND, _MAKE_SEND, _MAKE_SEND_ONCE = int(MsgType.COPY_SEND), int(MsgType.MAKE_SEND), int(MsgType.MAKE_SEND_ONCE)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a peer can make the hub hold. Beyond: the call is refused with a code, or the frame dropped and counted."""
-
-    tasks: int = 4096
-    connections_per_task: int = 1024
-    names_per_task: int = 65536
-    bootstrap_names: int = 4096
-    inline_bytes: int = 1 << 20
-    message_bytes: int = 64 << 20
-    held_bytes_per_task: int = 256 << 20
-    rights_per_message: int = 1024
-    buffers_per_message: int = 256
-    fds_per_message: int = 64  # the kernel's own limit is 253 (SCM_MAX_FD)
-    held_fds_per_task: int = 256
-    backlog_per_connection: int = 256
-
-
-class Port:
-    """A protected queue with one receiver; `slot` is set for the one-message reply ports that the hub makes for RPC."""
-
-    __slots__ = (
-        "alive", "carrier", "holders", "mscount", "name", "ns_request", "pd_request", "qlimit", "queue", "receiver",
-        "seqno", "slot", "sorights", "srights", "taken", "unacked", "waiters",
-    )  # fmt: skip
-
-    def __init__(self, receiver: "Space | None" = None, slot: object = None) -> None:
-        self.alive = True
-        self.receiver = receiver
-        self.name = PORT_NULL  # the receiver's name for it
-        self.carrier: KMsg | None = None  # the message that carries the receive right
-        self.slot = slot
-        self.queue: deque[KMsg] = deque()
-        self.unacked: deque[KMsg] = deque()  # copied out, not known to be taken by the receiver's program
-        self.taken = 0  # serial of the last message that the receiver's program has taken
-        self.qlimit = MACH_PORT_QLIMIT_DEFAULT
-        self.seqno = 0
-        self.mscount = 0
-        self.srights = 0  # entries and messages that hold a send right
-        self.sorights = 0
-        self.ns_request: Port | None = None  # send-once rights to where the notification goes
-        self.pd_request: Port | None = None
-        self.holders: set[Entry] = set()
-        self.waiters: deque[object] = deque()  # senders parked by the hub, in order
-
-    def full(self) -> bool:
-        return len(self.queue) + len(self.unacked) >= self.qlimit
-
-
-DEAD_PORT = Port()
-DEAD_PORT.alive = False
-
-
-class Entry:
-    """One name in a space: its right bits, references, port, and dead-name request."""
-
-    __slots__ = ("bits", "dn_request", "name", "port", "space", "urefs")
-
-    def __init__(self, space: "Space", name: int, bits: int, port: Port, urefs: int) -> None:
-        self.space = space
-        self.name = name
-        self.bits = bits
-        self.port = port
-        self.urefs = urefs
-        self.dn_request: Port | None = None
-
-
-class Space:
-    """A task's names, and what it makes the hub hold."""
-
-    __slots__ = (
-        "alive", "by_port", "entries", "held_bytes", "held_fds", "host", "name_limit", "next_name", "sender",
-    )  # fmt: skip
-
-    def __init__(self, sender: Sender, name_limit: int, host: object = None) -> None:
-        self.sender = sender
-        self.host = host
-        self.alive = True
-        self.entries: dict[int, Entry] = {}
-        self.by_port: dict[Port, Entry] = {}
-        self.next_name = 0x101
-        self.name_limit = name_limit
-        self.held_bytes = 0
-        self.held_fds = 0
-
-    def new_name(self) -> int:
-        """A name not in use. Names count up so that a stale name is not soon somebody else's."""
-        name = self.next_name
-        while name in self.entries:
-            name = name + 1 if name < 0xFFFFFF00 else 0x101
-        self.next_name = name + 1 if name < 0xFFFFFF00 else 0x101
-        return name
-
-
-class KMsg:
-    """A message inside the hub: names are already rights. Whoever holds it owns its rights and descriptors."""
-
-    __slots__ = (
-        "charge", "dest", "dest_type", "fds", "id", "inline", "nbytes", "ool", "out_names", "out_reply", "reply",
-        "reply_type", "rights", "sender", "seqno", "serial",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        dest: Port,
-        dest_type: int,
-        id: int,
-        inline: bytes,
-        sender: Sender,
-        reply: Port | None = None,
-        reply_type: int = 0,
-        rights: "list[tuple[int, Port | None]] | None" = None,
-        ool: "list[Buffer] | None" = None,
-        fds: list[int] | None = None,
-        charge: Space | None = None,
-    ) -> None:
-        self.dest = dest
-        self.dest_type = dest_type
-        self.reply = reply
-        self.reply_type = reply_type
-        self.id = id
-        self.inline = inline
-        self.rights = rights if rights is not None else []
-        self.ool = ool if ool is not None else []
-        self.fds = fds if fds is not None else []
-        self.sender = sender
-        self.charge = charge
-        self.seqno = 0
-        self.serial = 0
-        self.out_reply = PORT_NULL
-        self.out_names: list[int] = []
-        self.nbytes = 0
-        if charge is not None:
-            nbytes = len(inline)
-            for buffer in self.ool:
-                nbytes += memoryview(buffer).nbytes
-            self.nbytes = nbytes
-            charge.held_bytes += nbytes
-            charge.held_fds += len(self.fds)
 
 
 class Kernel:
@@ -250,18 +106,18 @@ class Kernel:
                 self.no_senders(port)
         elif kind == T_SEND_ONCE:
             # A send-once right yields exactly one message; the notification takes the right along.
-            self.enqueue(KMsg(port, T_SEND_ONCE, Notify.SEND_ONCE, b"", self.sender))
+            self.notify(port, Notify.SEND_ONCE, b"")
         else:
             self.destroy_port(port)
 
-    def notify(
-        self, request: Port, id: int, inline: bytes, rights: "list[tuple[int, Port | None]] | None" = None
-    ) -> None:
+    def notify(self, request: Port, id: int, inline: bytes, rights: "Rights | None" = None) -> None:
         """Send a notification; uses up the send-once right `request`."""
         message = KMsg(request, T_SEND_ONCE, id, inline, self.sender, rights=rights)
-        if request.alive:
+        if request.alive and len(request.queue) < self.limits.notifications_per_port:
             self.enqueue(message)
         else:
+            if request.alive:
+                self.counters["notification dropped: receiver does not read"] += 1
             self.garbage.append(message)
 
     def no_senders(self, port: Port) -> None:
@@ -271,7 +127,7 @@ class Kernel:
             self.notify(request, Notify.NO_SENDERS, U32.pack(port.mscount))
 
     def notify_dead_name(self, entry: Entry, request: Port) -> None:
-        """Tell that a name is dead; this gives it a reference, so that the name is not reused before the news is read."""
+        """Tell that a name is dead; this gives it a reference, so that it is not reused before the news is read."""
         entry.urefs = min(entry.urefs + 1, MACH_PORT_UREFS_MAX)
         self.notify(request, Notify.DEAD_NAME, U32.pack(entry.name))
 
@@ -358,7 +214,7 @@ class Kernel:
     def check_rights(self, space: Space, wanted: "list[tuple[int, int]]", first: int = 0) -> None:
         """Raise unless every (name, disposition) can be copied in, in this order. Changes nothing.
 
-        They are the destination (index 0), the reply right (1) and the body's rights; `first` is the index they begin at.
+        They are the destination (index 0), the reply right (1) and the body's rights; the list begins at index `first`.
         """
         seen: dict[int, list[int]] = {}
         for index, (name, disposition) in enumerate(wanted, first):

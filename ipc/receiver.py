@@ -12,12 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import zmq
 
 from . import wire
-from .channel import Channel, milliseconds
+from .channel import Channel, ServerGone, milliseconds
 from .codes import MachError, MachMsgReturn, RightSet
 from .message import Message
 from .wire import Op
@@ -34,7 +35,7 @@ class Receiver:
         self._channel = channel
         self._side_fd = side_fd
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        channel.items.append((self._wake, zmq.POLLIN))
+        channel.items.append((self._wake, int(zmq.POLLIN)))
         self._cond = threading.Condition()
         self._leading = False
         self._inbox: dict[int, deque[tuple[int, Message]]] = {}
@@ -52,7 +53,7 @@ class Receiver:
         frames = []
         if channel.wait(timeout_ms) and not self.stopped:
             # The wake-up descriptor may be what is ready.
-            while channel.sock.get(zmq.EVENTS) & zmq.POLLIN:
+            while channel.readable():
                 frames.append(channel.read())
         if not frames:
             return
@@ -125,6 +126,9 @@ class Receiver:
             left = milliseconds(deadline)
             try:
                 self._lead(left)
+            except ServerGone:
+                if not self.stopped:
+                    raise
             finally:
                 self._follow()
             if left == 0 and name not in self._inbox:
@@ -183,7 +187,7 @@ class Receiver:
         """Readable when drain has work."""
         if self._epoll is None:
             self._epoll = select.epoll()
-            self._epoll.register(self._channel.sock.getsockopt(zmq.FD), select.EPOLLIN)
+            self._epoll.register(int(self._channel.sock.get(zmq.FD)), select.EPOLLIN)
             self._epoll.register(self._side_fd, 0)
             self._epoll.register(self._wake, select.EPOLLIN)
             # ZeroMQ's descriptor shows only what comes from now on: look once at what is there.
@@ -192,10 +196,8 @@ class Receiver:
 
     def _settle_wake(self) -> None:
         """Take back the wake-up that fileno() began with."""
-        try:
+        with suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
 
     # -- receive rights that leave ----------------------------------------------------------------------------------
 

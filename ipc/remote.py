@@ -11,20 +11,27 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import sidechannel, wire
 from .codes import KernReturn, MachError, MachMsgReturn, MsgType
 from .message import Buffer, Sender
-from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE, KMsg, Port, Space
+from .objects import MESSAGE_OVERHEAD, KMsg, Port, Space
+from .ports import T_RECEIVE, T_SEND, T_SEND_ONCE
 from .wire import Op
 
 if TYPE_CHECKING:
     from .hub import Hub
 
 _RPCS_PER_CONNECTION = 16
+# Packets read from a side channel in one turn, and more than its buffer holds.
+_SIDE_BATCH, _SIDE_PACKETS_MAX = 64, 1024
 _HEADER_ROOM = wire.REQUEST.size
-_SENDS = (Op.SEND, Op.POST, Op.RPC)
+# Plain ints on the way of every message: looking an enum's member up costs more than comparing it.
+_SEND, _POST, _RPC, _CANCEL, _TAKEN = (int(op) for op in (Op.SEND, Op.POST, Op.RPC, Op.CANCEL, Op.TAKEN))
+_SENDS = (_SEND, _POST, _RPC)
+_COPY_SEND, _MAKE_SEND, _MAKE_SEND_ONCE = int(MsgType.COPY_SEND), int(MsgType.MAKE_SEND), int(MsgType.MAKE_SEND_ONCE)
 # Calls a task may make on its own space: method of Calls -> types of the arguments.
 _CALLS: dict[str, tuple[type, ...]] = {
     "allocate": (int,),
@@ -67,10 +74,14 @@ class Conn:
     def receive(self, data: bytes, ool: list[Buffer]) -> None:
         """A frame from the peer."""
         hub = self.task.hub
+        if not data.startswith(self.task.key):
+            hub.counters["frame dropped: not the connection's key"] += 1
+            return
+        data = data[wire.KEY_BYTES :]
         op = data[0] if data else 0
-        if op == Op.CANCEL and len(data) == wire.SHORT.size:
+        if op == _CANCEL and len(data) == wire.SHORT.size:
             self._cancel(wire.SHORT.unpack(data)[1])
-        elif op == Op.TAKEN and len(data) == wire.TAKEN.size:
+        elif op == _TAKEN and len(data) == wire.TAKEN.size:
             self.task.taken(*wire.TAKEN.unpack(data)[1:])
         elif self.blocked is None:
             self._act(data, ool)
@@ -112,10 +123,10 @@ class Conn:
         kernel = task.hub.kernel
         slot: Port | None = None
         fds: list[int] = []
-        chosen = rdisp != MsgType.AUTO
+        chosen = rdisp != 0
         try:
             port, rdisp = kernel.peek(task.space, remote, rdisp)
-            if rdisp in (T_SEND, MsgType.COPY_SEND, MsgType.MAKE_SEND) and port.full():
+            if rdisp in (T_SEND, _COPY_SEND, _MAKE_SEND) and port.full():
                 if not task.park(data, ool):
                     raise MachError(MachMsgReturn.MACH_SEND_NO_BUFFER)
                 self.backlog.appendleft((data, ool))
@@ -124,7 +135,7 @@ class Conn:
                 return
             rights, inline = self._check_body(data, ool, nool, nfds, nrights)
             wanted = [(remote, rdisp)]
-            if op == Op.RPC:
+            if op == _RPC:
                 if len(self.rpcs) >= _RPCS_PER_CONNECTION or seq in self.rpcs:
                     raise MachError(MachMsgReturn.MACH_SEND_NO_BUFFER)
                 wanted.append((0, T_SEND_ONCE))
@@ -142,7 +153,7 @@ class Conn:
                 fds = task.take_fds(tag, nfds)
             # Nothing below can fail: rights move all or none.
             kernel.copyin(task.space, remote, rdisp)
-            if op == Op.RPC:
+            if op == _RPC:
                 slot = Port(slot=(self, seq))
                 slot.sorights = 1
                 self.rpcs[seq] = slot
@@ -154,21 +165,21 @@ class Conn:
             moved: list[tuple[int, Port | None]] = [
                 (_KIND[disposition], kernel.copyin(task.space, name, disposition)) for name, disposition, _ in rights
             ]
-            dest_type = T_SEND_ONCE if rdisp in (T_SEND_ONCE, MsgType.MAKE_SEND_ONCE) else T_SEND
+            dest_type = T_SEND_ONCE if rdisp in (T_SEND_ONCE, _MAKE_SEND_ONCE) else T_SEND
             kernel.enqueue(
                 KMsg(port, dest_type, id, inline, task.sender, reply, reply_type, moved, ool, fds, task.space)
             )
-            if op == Op.SEND:
+            if op == _SEND:
                 self.status(seq, 0)
         except MachError as error:
             if nfds and not fds:
                 task.discard_fds(tag)
-            if op != Op.POST:
+            if op != _POST:
                 self.status(seq, int(error.code))
             else:
                 task.hub.counters["post refused"] += 1
                 self.posts_refused += 1
-        if op == Op.POST:
+        if op == _POST:
             self.posts += 1
             if self.posts - self.posts_told >= wire.POST_WINDOW // 2:
                 self.posts_told = self.posts
@@ -192,7 +203,8 @@ class Conn:
             size += len(buffer)
         if size > limits.message_bytes:
             raise MachError(MachMsgReturn.MACH_SEND_TOO_LARGE)
-        if space.held_bytes + size > limits.held_bytes_per_task or space.held_fds + nfds > limits.held_fds_per_task:
+        held = space.held_bytes + size + MESSAGE_OVERHEAD
+        if held > limits.held_bytes_per_task or space.held_fds + nfds > limits.held_fds_per_task:
             raise MachError(MachMsgReturn.MACH_SEND_NO_BUFFER)
         if not nrights:
             return [], data[start:]
@@ -232,10 +244,8 @@ class Conn:
     def _unwait(self) -> None:
         port, self.blocked = self.blocked, None
         if port is not None:
-            try:
+            with suppress(ValueError):
                 port.waiters.remove(self)
-            except ValueError:
-                pass
             # The wake-up this one may have been given must not get lost.
             if port.waiters:
                 self.task.hub.kernel.roomy.append(port)
@@ -277,8 +287,6 @@ class Conn:
         except MachError as error:
             self.status(seq, int(error.code), json.dumps(error.what).encode())
             return
-        if method == "names":
-            result = list(result.items())
         self.status(seq, 0, json.dumps(result).encode())
 
     # -- messages to the peer ---------------------------------------------------------------------------------------
@@ -304,6 +312,7 @@ class RemoteTask:
         self.sock = sock
         self.sender = sender
         self.token = token
+        self.key = token[-wire.KEY_BYTES :]
         self.pidfd = pidfd
         self.space = Space(sender, hub.limits.names_per_task, self)
         self.conns: dict[bytes, Conn] = {}
@@ -330,10 +339,10 @@ class RemoteTask:
 
     # -- descriptors ------------------------------------------------------------------------------------------------
 
-    def read_side(self) -> bool:
-        """Take all packets from the side channel; False when the peer has hung up."""
+    def read_side(self, packets: int = _SIDE_BATCH) -> bool:
+        """Take packets from the side channel; False when the peer has hung up."""
         limits = self.hub.limits
-        while True:
+        for _ in range(packets):
             try:
                 data, fds = sidechannel.receive_packet(self.sock, wire.TAG.size + 1, limits.fds_per_message)
             except BlockingIOError:
@@ -350,11 +359,12 @@ class RemoteTask:
                 continue
             self.side_fds[tag] = fds
             self.side_count += len(fds)
+        return True
 
     def take_fds(self, tag: int, count: int) -> list[int]:
         """The descriptors of a message. They were sent before it, so that they are here or never."""
         if tag not in self.side_fds:
-            self.read_side()
+            self.read_side(_SIDE_PACKETS_MAX)
         fds = self.side_fds.get(tag)
         if fds is None or len(fds) != count:
             raise MachError(MachMsgReturn.MACH_SEND_INVALID_DATA)
@@ -365,7 +375,7 @@ class RemoteTask:
     def discard_fds(self, tag: int) -> None:
         """The message of these descriptors was refused."""
         if tag not in self.side_fds:
-            self.read_side()
+            self.read_side(_SIDE_PACKETS_MAX)
         fds = self.side_fds.pop(tag, [])
         self.side_count -= len(fds)
         sidechannel.close_all(fds)
@@ -375,13 +385,24 @@ class RemoteTask:
     def transmit(self, rid: bytes, frames: list[Buffer], tag: int = 0, fds: list[int] | None = None) -> None:
         """Send frames, descriptors first; never blocks, keeps the order."""
         if self.blocked_out:
-            self.blocked_out.append((rid, frames, tag, [os.dup(fd) for fd in fds or ()]))
+            self.blocked_out.append((rid, frames, tag, self._dup(fds or [])))
             return
         if fds and not self._send_side(tag, fds):
-            self.blocked_out.append((rid, frames, tag, [os.dup(fd) for fd in fds]))
+            self.blocked_out.append((rid, frames, tag, self._dup(fds)))
             self.hub.watch_writable(self, True)
             return
         self.hub.send_frames(rid, frames)
+
+    def _dup(self, fds: list[int]) -> list[int]:
+        """Copies for a frame that waits; none when the process has no descriptors left."""
+        copies: list[int] = []
+        try:
+            for fd in fds:
+                copies.append(os.dup(fd))
+        except OSError:
+            self.hub.counters["descriptors not sent"] += len(fds)
+            sidechannel.close_all(copies)
+        return copies
 
     def _send_side(self, tag: int, fds: list[int]) -> bool:
         try:

@@ -4,6 +4,7 @@ SOCK_SEQPACKET, because a packet keeps its descriptors and its tag together. It 
 """
 
 import array
+import errno
 import os
 import socket
 import struct
@@ -20,7 +21,34 @@ def check_path(path: str) -> None:
     """Raise OSError if no socket can have this path."""
     room = SUN_PATH_MAX - len(SUFFIX)
     if len(os.fsencode(path)) > room:
-        raise OSError(36, f"socket path longer than {room} bytes", path)  # ENAMETOOLONG
+        raise OSError(errno.ENAMETOOLONG, f"socket path longer than {room} bytes", path)
+
+
+def connect(path: str, timeout: float) -> socket.socket:
+    """The side channel, or one clear OSError with the path."""
+    check_path(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    what = "cannot reach the hub"
+    # Kernel time-outs rather than Python's, which would make every call poll first.
+    limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        sock.connect(path + SUFFIX)
+        return sock
+    except FileNotFoundError as error:
+        what, number = "no hub serves this path", error.errno
+    except ConnectionRefusedError as error:
+        what, number = "the hub that served this path is gone", error.errno
+    except PermissionError as error:
+        what, number = "no permission to use the hub", error.errno
+    except BlockingIOError:
+        what, number = f"the hub did not answer within {timeout} s", errno.ETIMEDOUT
+    except OSError as error:
+        number = error.errno
+        what = f"{what} ({os.strerror(number or 0)})"
+    sock.close()
+    raise OSError(number, what, path)
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:

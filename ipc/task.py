@@ -19,16 +19,25 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 import zmq
+import zmq.utils.garbage  # noqa: F401  first, so that _close_all below runs before it ends at exit
 
 from . import sidechannel, wire
-from .calls import PortStatus
 from .channel import Channel, Frames, ServerGone, raise_status, status_of
-from .codes import PORT_NULL, MachError, MachMsgReturn, MigReturn, MsgOption, MsgType, Notify, Right, RightSet
+from .codes import (
+    PORT_DEAD,
+    PORT_NULL,
+    MachError,
+    MachMsgReturn,
+    MigReturn,
+    MsgOption,
+    MsgType,
+    Notify,
+)
 from .message import Buffer, Message, PortRight, Sender
+from .names import Names
 from .receiver import Receiver
 from .wire import Op
 
@@ -52,22 +61,21 @@ class _Holder:
         self._pool.append(self.channel)
 
 
-class Task:
-    """Joins the hub at `path`. Usable from any thread of this process; not in a child after fork (make another there)."""
+class Task(Names):
+    """Joins the hub at `path`. Usable from any thread of this process, not from a child after fork."""
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5.0) -> None:
         self.path = os.fspath(path)
         self._unusable = ""
         self._pid = os.getpid()
         self.counters: Counter[str] = Counter()
-        self._side = _connect(self.path, timeout)
+        self._side = sidechannel.connect(self.path, timeout)
         try:
             data, fds = sidechannel.receive_packet(self._side, wire.WELCOME.size + 1, 1)
             sidechannel.close_all(fds)
             if len(data) != wire.WELCOME.size:
-                raise ConnectionRefusedError(
-                    errno.ECONNREFUSED, "the hub refused this process (too many tasks?)", self.path
-                )
+                what = "the hub refused this process (too many tasks?)"
+                raise ConnectionRefusedError(errno.ECONNREFUSED, what, self.path)
             magic, version, self.hub_pid, self.task_id, self._token = wire.WELCOME.unpack(data)
             if magic != wire.MAGIC or version != wire.VERSION:
                 raise OSError(errno.EPROTO, f"no hub of version {wire.VERSION} serves this path", self.path)
@@ -89,6 +97,7 @@ class Task:
         self._channels: list[Channel] = []
         self._receiver: Receiver | None = None
         self._make_lock = threading.Lock()
+        self._receiver_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._death_callbacks: list[Callable[[], object]] = []
         _tasks.add(self)
@@ -125,15 +134,10 @@ class Task:
     def _receive_side(self) -> Receiver:
         """The receiver; from its first use on the hub pushes messages."""
         self._check_usable()
-        if self._receiver is None:
-            channel = self._new_channel(wire.KIND_RECEIVER)
-            with self._make_lock:
-                if self._receiver is None:
-                    self._receiver = Receiver(self, channel, self._side.fileno())
-                else:  # another thread was faster; the hub refuses a second one
-                    self._channels.remove(channel)
-                    channel.close()
-        return self._receiver
+        with self._receiver_lock:  # the hub refuses a second one
+            if self._receiver is None:
+                self._receiver = Receiver(self, self._new_channel(wire.KIND_RECEIVER), self._side.fileno())
+            return self._receiver
 
     # -- sending ----------------------------------------------------------------------------------------------------
 
@@ -174,10 +178,9 @@ class Task:
         remote_disposition: int = MsgType.AUTO,
         local_disposition: int = MsgType.MAKE_SEND_ONCE,
     ) -> None:
-        """Send a message and wait until it is in the port's queue. MACH_SEND_TIMED_OUT: it is not, and nothing moved."""
-        self._request(
-            Op.SEND, dest, id, inline, ool, fds, rights, local, remote_disposition, local_disposition, timeout
-        )
+        """Send a message and wait until it is in the port's queue. MACH_SEND_TIMED_OUT: it is not; nothing moved."""
+        dispositions = remote_disposition, local_disposition
+        self._request(Op.SEND, dest, id, inline, ool, fds, rights, local, *dispositions, timeout)
 
     def post(
         self,
@@ -192,7 +195,7 @@ class Task:
     ) -> None:
         """Send a message without waiting for the hub's word; in order with what this thread sends otherwise.
 
-        A refusal is counted (`posts_refused()`), not raised. Blocks when POST_WINDOW posts of this thread wait for room.
+        A refusal is counted (`posts_refused()`), not raised. Blocks while POST_WINDOW posts of this thread wait.
         """
         if any(right.disposition == MsgType.MOVE_RECEIVE for right in rights):
             self.send(dest, id, inline, ool=ool, fds=fds, rights=rights, local=local)
@@ -225,7 +228,10 @@ class Task:
     ) -> None:
         """Answer a received message. Does nothing when it carried no reply right or the caller is gone (counted)."""
         remote, message.remote = message.remote, PORT_NULL
-        if not remote or remote == 0xFFFFFFFF:
+        if not remote:
+            return
+        if remote == PORT_DEAD:
+            self.counters["reply dropped: caller is gone"] += 1
             return
         try:
             reply_id = message.id + 100 if id is None else id
@@ -333,7 +339,7 @@ class Task:
         local_disposition: int,
     ) -> None:
         """Descriptors first, on the side channel; then the message that names them."""
-        buffers = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool] if ool else []
+        buffers: list[Buffer] = [b if isinstance(b, bytes) else memoryview(b).cast("B") for b in ool] if ool else []
         tag = 0
         try:
             if fds:
@@ -341,19 +347,9 @@ class Task:
                     raise MachError(MachMsgReturn.MACH_SEND_TOO_LARGE, f"{len(fds)} descriptors in one message")
                 tag = next(self._tags)
             header = wire.REQUEST.pack(
-                op,
-                remote_disposition,
-                local_disposition,
-                0,
-                seq,
-                dest,
-                local,
-                id,
-                tag,
-                len(buffers),
-                len(fds),
-                len(body),
-            )
+                op, remote_disposition, local_disposition, 0, seq, dest, local, id, tag,
+                len(buffers), len(fds), len(body),
+            )  # fmt: skip
         except struct.error as error:
             raise MachError(MachMsgReturn.MACH_SEND_INVALID_HEADER, str(error)) from None
         if body:
@@ -431,9 +427,8 @@ class Task:
         if self._thread is not None:
             raise RuntimeError("the receiver thread of this task runs already")
         chosen = None if names is None else list(names)
-        self._thread = threading.Thread(
-            target=self._run, args=(receiver, handler, chosen), name="ulnet-ipc", daemon=True
-        )
+        arguments = (receiver, handler, chosen)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="ulnet-ipc", daemon=True)
         self._thread.start()
 
     def _run(self, receiver: Receiver, handler: Callable[[Message, Sender], object], names: list[int] | None) -> None:
@@ -508,72 +503,6 @@ class Task:
             raise
         return value
 
-    def allocate(self, right: Right = Right.RECEIVE) -> int:
-        """A new port; its receive right."""
-        return int(self._call("allocate", int(right)))
-
-    def destroy(self, name: int) -> None:
-        """Destroy all rights under a name."""
-        self._call("destroy", name, leaving=name)
-
-    def deallocate(self, name: int) -> None:
-        """Give up one reference of a send right, send-once right or dead name."""
-        self._call("deallocate", name)
-
-    def mod_refs(self, name: int, right: Right, delta: int) -> None:
-        """Change the references of one right of a name."""
-        self._call("mod_refs", name, int(right), delta, leaving=name if right == Right.RECEIVE and delta else 0)
-
-    def get_refs(self, name: int, right: Right) -> int:
-        """References of one right of a name."""
-        return int(self._call("get_refs", name, int(right)))
-
-    def names(self) -> dict[int, RightSet]:
-        """All names and what they denote."""
-        return {name: RightSet(bits) for name, bits in self._call("names")}
-
-    def type(self, name: int) -> RightSet:
-        """What a name denotes."""
-        return RightSet(self._call("type", name))
-
-    def rename(self, old: int, new: int) -> None:
-        """Give a right another name."""
-        self._call("rename", old, new)
-
-    def insert_right(self, name: int, port: int, disposition: MsgType) -> None:
-        """Make a right from `port` and hold it as `name`."""
-        self._call("insert_right", name, port, int(disposition))
-
-    def extract_right(self, name: int, disposition: MsgType) -> int:
-        """Make a right from `name`; returns the name it is held by."""
-        return int(self._call("extract_right", name, int(disposition)))
-
-    def get_attributes(self, name: int) -> PortStatus:
-        """Status of a receive right."""
-        return PortStatus(*self._call("get_attributes", name))
-
-    def set_attributes(self, name: int, qlimit: int) -> None:
-        """Queue limit of a receive right."""
-        self._call("set_attributes", name, qlimit)
-
-    def request_notification(
-        self, name: int, variant: Notify, sync: int, notify: int, disposition: MsgType = MsgType.MAKE_SEND_ONCE
-    ) -> int:
-        """Ask for DEAD_NAME, NO_SENDERS or PORT_DESTROYED; returns the previous request's send-once right or PORT_NULL."""
-        return int(self._call("request_notification", name, int(variant), sync, notify, int(disposition)))
-
-    def check_in(self, name: str) -> int:
-        """The receive right of a service."""
-        return int(self._call("check_in", name))
-
-    def look_up(self, name: str) -> int:
-        """A send right to a service, also before it has checked in."""
-        return int(self._call("look_up", name))
-
-    def register(self, name: str, port: int) -> None:
-        """Publish a send right (PORT_NULL withdraws)."""
-        self._call("register", name, port)
-
     # -- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -627,46 +556,15 @@ class Task:
 
     def forked(self) -> None:
         """In the child of a fork: the connections are the parent's."""
-        self._unusable = (
-            f"this task ({self.path}) belongs to process {self._pid}; a child after fork makes its own Task"
-        )
+        self._unusable = f"this task ({self.path}) belongs to process {self._pid}; a forked child makes its own"
         # Only the parent's copy may keep the side channel open, so that its death shows as a hang-up.
         os.close(self._side.detach())
 
     def __enter__(self) -> Task:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _connect(path: str, timeout: float) -> socket.socket:
-    """The side channel, or one clear OSError with the path."""
-    sidechannel.check_path(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    what = "cannot reach the hub"
-    # Kernel time-outs rather than Python's, which would make every call poll first.
-    limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        sock.connect(path + sidechannel.SUFFIX)
-        return sock
-    except FileNotFoundError as error:
-        what, number = "no hub serves this path", error.errno
-    except ConnectionRefusedError as error:
-        what, number = "the hub that served this path is gone", error.errno
-    except PermissionError as error:
-        what, number = "no permission to use the hub", error.errno
-    except BlockingIOError:
-        what, number = f"the hub did not answer within {timeout} s", errno.ETIMEDOUT
-    except OSError as error:
-        number = error.errno
-        what = f"{what} ({os.strerror(number or 0)})"
-    sock.close()
-    raise OSError(number, what, path)
 
 
 def _log_exception(what: str) -> None:

@@ -2,6 +2,9 @@
 
 A request is one header frame (fixed part, body rights, inline data) and one further frame for each out-of-line
 buffer. Descriptors travel on the side channel under the tag that the header names, and are sent there first.
+
+Every request but HELLO begins with the key, the last KEY_BYTES of the task's token: libzmq lets a peer choose a routing
+id, and so take over that of a connection that has ended, so that the id of a frame does not tell who sent it.
 """
 
 from enum import IntEnum
@@ -9,6 +12,7 @@ from struct import Struct
 
 VERSION = 1
 TOKEN_BYTES = 32
+KEY_BYTES = 16
 # Side channel, hub to task: first packet. magic, version, hub pid, task id, token.
 WELCOME = Struct("<4sII Q32s")
 MAGIC = b"ulnp"
@@ -37,11 +41,13 @@ class Op(IntEnum):
     REFUSED = 25  # the connection's credentials are not those of the side channel
 
 
+# Structures of requests, after the key.
 # op, remote disposition, local disposition, 0, seq, remote, local, id, descriptor tag, buffers, descriptors, rights
 REQUEST = Struct("<BBBBIIIiQHHI")
 # name, disposition, serial of the last message taken (MOVE_RECEIVE)
 RIGHT = Struct("<IIQ")
-# op, remote type, 0, 0, seq, remote, local, id, descriptor tag, buffers, descriptors, rights, task, pid, uid, gid, seqno, serial
+# op, remote type, 0, 0, seq, remote, local, id, descriptor tag, buffers, descriptors, rights,
+# task, pid, uid, gid, seqno, serial
 MESSAGE = Struct("<BBBBIIIiQHHIIIIIIQ")
 # name, type
 GIVEN = Struct("<II")

@@ -28,6 +28,7 @@ log = logging.getLogger("ulnet.netserver")
 
 VIOLATIONS_MAX: Final = 1000  # of one task; then it is put out
 APPLICATIONS_MAX: Final = 1024
+APPLICATIONS_PER_USER: Final = 64  # a ring is 9 MB of the kernel's memory
 
 
 class Channels(Protocol):
@@ -180,6 +181,9 @@ class Calls:
             raise Refusal(errno.EINVAL, "attach needs a send right to a port of yours", violation=True)
         if len(self.applications) >= APPLICATIONS_MAX:
             raise Refusal(errno.EUSERS, f"{APPLICATIONS_MAX} applications are attached already")
+        theirs = sum(app.sender.uid == sender.uid for app in self.applications.values())
+        if sender.uid and theirs >= APPLICATIONS_PER_USER:
+            raise Refusal(errno.EUSERS, f"{theirs} applications of user {sender.uid} are attached already: end some")
         channel = self.channels.open_channel(p.PACKET_INTERFACES[request.interface])
         try:
             stats = StatPage.create()

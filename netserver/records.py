@@ -13,7 +13,7 @@ from ulnet.stack.ports import Name
 if TYPE_CHECKING:
     from ulnet.ipc import Sender
     from ulnet.kernelshim.channel import ChannelGrant
-    from ulnet.stack.engine import Session
+    from ulnet.stack.session import Session
     from ulnet.stack.statpage import StatPage
 
 TCP: Final = 6

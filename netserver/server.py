@@ -221,7 +221,8 @@ class NetServer:
         # What the server was finishing for others, and handshakes: their peers need not wait for time-outs either.
         for row in self.engine.sessions():
             if row["proto"] == "tcp" and row["remote"] is not None and row["state"] not in _SILENT:
-                self.engine.abort_flow(*row["local"], *row["remote"], row["snd_nxt"], row["rcv_nxt"])
+                (laddr, lport), (raddr, rport) = row["local"], row["remote"]
+                self.engine.abort_flow(laddr, lport, raddr, rport, row["snd_nxt"], row["rcv_nxt"])
 
     def close(self) -> None:
         """Reset sessions, remove filters, rules and sockets. Safe to call twice."""

@@ -22,8 +22,9 @@ from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.guard import Guard
 from ulnet.netserver.records import TCP, UDP, Application, Flow, Place, Refusal, SessionRecord
 from ulnet.stack import protocol as p
-from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine, Session
+from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine
 from ulnet.stack.ports import WILDCARDS, PortTable
+from ulnet.stack.session import Session
 from ulnet.stack.statpage import StatRecord
 
 log = logging.getLogger("ulnet.netserver")
@@ -171,9 +172,7 @@ class SessionTable:
             self._forget_foreign(record)
             self.engine.import_session(session, state, number)
         except (OSError, ValueError) as error:
-            self._turn_back(record)
-            self._reset(record)
-            self._drop(record)
+            self._end(record, reset=True)
             raise Refusal(errno.EINVAL, f"the state of {record} is not valid: {error}", violation=True) from None
         self._turn_back(record)
         self._unguard(record)
@@ -522,6 +521,7 @@ class SessionTable:
             "guarded": len(self.guard.allowed()),
             "names": len(self.ports),
             "quarantined": len(self.ports.quarantined()),
+            "engine_flows": self.engine.counters()["flows"],
         }
 
 

@@ -1,7 +1,7 @@
 # The hot half of a socket, for subclasses in C.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
-from ulnet.stack.engine cimport Session
+from ulnet.stack.session cimport Session
 from ulnet.stack.types cimport ul_addr
 
 cdef class Socket:

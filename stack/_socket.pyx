@@ -16,7 +16,8 @@ from libc.errno cimport EBADF, EINVAL, EMSGSIZE, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy
-from ulnet.stack.engine cimport SESSION_UDP, Session
+from ulnet.stack.engine cimport SESSION_UDP
+from ulnet.stack.session cimport Session
 from ulnet.stack.types cimport addr_equal, addr_from_ipv4, ul_addr
 
 cdef extern from "Python.h":

@@ -9,7 +9,7 @@ import socket as _std
 import struct
 from typing import Any, Final
 
-from ulnet.stack.engine import Session
+from ulnet.stack.session import Session
 
 _INT: Final = struct.Struct("@i")
 _LINGER: Final = struct.Struct("@ii")

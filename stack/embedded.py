@@ -21,10 +21,11 @@ from types import TracebackType
 
 from ulnet.kernelshim.link import Link
 from ulnet.kernelshim.memory import memory_pair
-from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine, Session
+from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
 from ulnet.stack.ports import TCP, UDP, WILDCARDS, Name, PortTable
+from ulnet.stack.session import Session
 
 # States in which the peer has all we sent, our FIN included, or never will.
 _DELIVERED = frozenset(("CLOSED", "LISTEN", "FIN-WAIT-2", "TIME-WAIT", "OPEN"))

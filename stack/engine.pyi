@@ -1,11 +1,11 @@
 """The engine: one link, its sessions, their timers. Times in nanoseconds, sizes in bytes, ports in host order."""
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final
 
 from ulnet.kernelshim.link import Link
 from ulnet.stack.metastate import Metastate
+from ulnet.stack.session import Session
 from ulnet.stack.statpage import StatPage
 
 READABLE: Final = 1
@@ -19,66 +19,6 @@ EV_CONNECTED: Final = 1  # an active open reached ESTABLISHED
 EV_FAILED: Final = 2  # it did not; value is the errno
 EV_ACCEPTED: Final = 3  # a listener has a new established session: accept() it
 EV_GONE: Final = 4  # a session closed by close_session() has finished; value is its session id
-
-class Buffer:
-    """Bytes received, by the buffer protocol, in the stack's own memory; read-only.
-
-    Release it (``release()`` or ``with``) as soon as possible: its memory is the ring's.
-    Reading after release raises ValueError.
-    """
-
-    def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-    def release(self) -> None: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def address(self) -> tuple[str, int] | None: ...
-    def __enter__(self) -> Buffer: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-class Session:
-    """One session, or the shell of one that is not open yet. Not made directly: Engine.new_session()."""
-
-    engine: Engine
-    kind: int
-    session_id: int  # the server's number for it; 0 while it has none
-
-    @property
-    def local(self) -> tuple[str, int]: ...
-    @property
-    def peer(self) -> tuple[str, int] | None: ...
-    @property
-    def closed(self) -> bool: ...
-    @property
-    def listening(self) -> bool: ...
-    def set_local(self, address: str, port: int) -> None:
-        """Note the local endpoint of a shell that is bound but not open."""
-    def begin_connect(self) -> None:
-        """A shell whose connection is made elsewhere: not ready until import_session() or fail()."""
-    @property
-    def live(self) -> bool:
-        """True while the engine holds protocol state for it."""
-    @property
-    def state(self) -> str:
-        """RFC 9293 state name; UDP: "OPEN"; "CLOSED" when not live."""
-    @property
-    def ready(self) -> int:
-        """READABLE | WRITABLE | ... now."""
-    def wait(self, mask: int, timeout_ns: int = -1) -> int:
-        """Drive the engine until one of mask (or ERROR, HUP) is ready; returns ready bits, 0 on time-out."""
-    def recv_buffer(self, max_bytes: int, timeout_ns: int = -1) -> Buffer: ...
-    def take_error(self) -> int:
-        """SO_ERROR: the pending errno (positive), cleared; 0 if none."""
-    def setopt(self, level: int, name: int, value: int) -> None: ...
-    def getopt(self, level: int, name: int) -> int: ...
-    def shutdown(self, how: int) -> None: ...
-    def fileno(self) -> int:
-        """The truthful descriptor (made at first use)."""
-    def stat(self) -> dict[str, int]:
-        """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat)."""
 
 class Engine:
     """``library=True``: ARP, ICMP echo, RST for unknown segments and handshakes are the server's matter."""

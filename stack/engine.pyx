@@ -1,48 +1,40 @@
-"""The engine as Python sees it: Engine, Session, Buffer. What they do lies in engine_core and its neighbours."""
+"""The engine as Python sees it. What it does lies in engine_core and its neighbours, a session's calls in session."""
 
 import os
 import threading
-import weakref
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.errno cimport (
-    EADDRINUSE, EAGAIN, EBADF, EINTR, EINVAL, EISCONN, ENOMEM, ENOPROTOOPT, ENOTCONN, EOPNOTSUPP, ETIMEDOUT,
-)
+from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.ref cimport Py_DECREF
+from libc.errno cimport EAGAIN, EBADF, EINVAL, EISCONN, ENOMEM
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport free
+from libc.string cimport memset
 
 from ulnet.kernelshim.link cimport UL_SLOT_NONE, Link, ul_rx
-from ulnet.stack.buf cimport chunks_free, rxseg, rxseg_free, txchunk
+from ulnet.stack.address cimport addr_from_text, addr_to_text
+from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
     ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
-    PHASE_QUEUED, ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine,
-    engine_deadline, engine_free, engine_new, engine_poll, engine_settle, event_rec, foreign_arm, frame_rec,
-    session_close, session_end, session_find, session_insert, session_new, session_ready, session_ref, session_remove,
-    session_tcp_start, session_touch, session_unref, ul_session,
+    ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_deadline, engine_free,
+    engine_new, engine_poll, engine_settle, event_rec, frame_rec, session_close, session_end, session_insert,
+    session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
+)
+from ulnet.stack.engine_handover cimport (
+    foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import,
 )
 from ulnet.stack.engine_input cimport engine_frame, orphans_replay
 from ulnet.stack.engine_output cimport emit_refusal
-from ulnet.stack.engine_user cimport (
-    USER_DONTWAIT, USER_RESOLVE, user_recv, user_recv_seg, user_recvfrom, user_send, user_sendto, user_shutdown,
-    user_wait,
-)
+from ulnet.stack.engine_report cimport report_counters, report_sessions
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, helper_run, helper_wake, waiters_wake
 from ulnet.stack.metastate cimport Metastate
 from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
-from ulnet.stack.readyfd cimport readyfd_free, readyfd_new, readyfd_show
+from ulnet.stack.readyfd cimport readyfd_free
+from ulnet.stack.session cimport Session, fail, session_wrap
 from ulnet.stack.statpage cimport StatPage, stat_take
-from ulnet.stack.tcp cimport (
-    TCP_ACK, TCP_RST, tcp_export, tcp_export_bytes, tcp_getopt, tcp_import, tcp_isn, tcp_open, tcp_out, tcp_setopt,
-    tcp_so_error, tcp_stat, tcp_stat_get, tcp_state, tcp_wants_output,
-)
-from ulnet.stack.tcp_cb cimport TCP_MSS_MIN
-from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_from_ipv4, addr_is_zero, flow_key, ul_addr
-from ulnet.stack.udp cimport udp_new, udp_so_error
+from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_isn, tcp_open, tcp_out, tcp_state
+from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, flow_key, ul_addr
+from ulnet.stack.udp cimport udp_new
 
 READABLE = 1
 WRITABLE = 2
@@ -54,572 +46,22 @@ EV_FAILED = EVENT_FAILED
 EV_ACCEPTED = EVENT_ACCEPTED
 EV_GONE = EVENT_GONE
 
-STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT",
-          "CLOSING", "LAST-ACK", "TIME-WAIT")
-
 cdef enum:
     SNDBUF_BYTES = 4 << 20
     RCVBUF_BYTES = 4 << 20
     UDP_RCVBUF_BYTES = 1 << 20
     BURST = 256
-    STATE_MAGIC = 0x554C5331       # "ULS1"
-    # option names, Linux
-    SOL_SOCKET = 1
-    SO_SNDBUF = 7
-    SO_RCVBUF = 8
-    SO_KEEPALIVE = 9
-    SOL_IP = 0
-    IP_TOS = 1
-    IP_TTL = 2
-    TCP_NODELAY = 1
-    TCP_MAXSEG = 2
-    TCP_KEEPIDLE = 4
-    TCP_KEEPINTVL = 5
-    TCP_KEEPCNT = 6
-    TCP_USER_TIMEOUT = 18
-
-cdef int64_t FOREIGN_NS = 2000000000   # a library remembers what it gave back for so long
-
-ctypedef struct state_head:
-    uint32_t magic
-    uint32_t head_bytes
-    flow_key flow
-    uint8_t ttl
-    uint8_t tos
-    uint8_t pad[6]
-
-ctypedef struct session_row:       # what sessions() copies under the lock
-    uint8_t role
-    uint8_t closing
-    flow_key flow
-    uint64_t id
-    tcp_stat t
 
 
-cdef int fail(Py_ssize_t code) except -1:
-    """The one place where a code of the C level becomes an OSError."""
-    cdef int number = <int>-code
-    raise OSError(number, os.strerror(number))
-
-
-cdef int addr_parse(str text, ul_addr *out) except -1:
-    cdef bytes packed
-    cdef const uint8_t *p
-    parts = text.split(".")
-    try:
-        packed = bytes(int(x) for x in parts) if len(parts) == 4 else b""
-    except ValueError:
-        packed = b""
-    if len(packed) != 4:
-        raise ValueError(f"{text!r} is not an IPv4 address of the form a.b.c.d")
-    p = packed
-    addr_from_ipv4(out, p)
+cdef int flow_fill(flow_key *flow, int proto, str laddr, int lport, str raddr, int rport) except -1:
+    memset(flow, 0, sizeof(flow_key))
+    flow.proto = <uint8_t>proto
+    addr_from_text(laddr, &flow.laddr)
+    flow.lport = <uint16_t>lport
+    if raddr is not None:
+        addr_from_text(raddr, &flow.raddr)
+        flow.rport = <uint16_t>rport
     return 0
-
-
-cdef str addr_text(const ul_addr *a):
-    if addr_is_zero(a):
-        return "0.0.0.0"
-    return f"{a.b[12]}.{a.b[13]}.{a.b[14]}.{a.b[15]}"
-
-
-cdef inline int64_t deadline_of(int64_t timeout_ns) noexcept nogil:
-    return timeout_ns if timeout_ns <= 0 else clock_now() + timeout_ns
-
-
-# The collector must not take the attributes before __dealloc__ has used them.
-@cython.no_gc_clear
-cdef class Buffer:
-    """Received bytes in the stack's own memory (a ring slot, if they were many): read-only, by the buffer protocol."""
-
-    cdef Engine engine
-    cdef rxseg *seg
-    cdef int exports
-    cdef bint released
-    cdef readonly object address
-
-    def __getbuffer__(self, Py_buffer *view, int flags):
-        self.check()
-        if self.seg == NULL:
-            PyBuffer_FillInfo(view, self, &self.exports, 0, 1, flags)
-        else:
-            PyBuffer_FillInfo(view, self, self.seg.data, self.seg.len_bytes, 1, flags)
-        self.exports += 1
-
-    def __releasebuffer__(self, Py_buffer *view):
-        self.exports -= 1
-
-    cdef int check(self) except -1:
-        if self.released:
-            raise ValueError("this buffer was released: its memory belongs to the stack again")
-        return 0
-
-    def __len__(self):
-        self.check()
-        return self.seg.len_bytes if self.seg != NULL else 0
-
-    @property
-    def nbytes(self):
-        return len(self)
-
-    def release(self):
-        """Give the memory back. BufferError while memoryviews of it live; calling it again does nothing."""
-        if self.exports:
-            raise BufferError(f"{self.exports} view(s) of this buffer are still in use")
-        self.released = True
-        self.give_back()
-
-    cdef void give_back(self) noexcept:
-        cdef engine *e
-        cdef rxseg *seg = self.seg
-        if seg == NULL:
-            return
-        e = self.engine.e
-        self.seg = NULL
-        with nogil:
-            engine_lock(e)
-            rxseg_free(&e.bufs, seg)
-            engine_unlock(e)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, value, trace):
-        self.release()
-
-    def __dealloc__(self):
-        self.give_back()
-
-
-# The collector must not take the attributes before __dealloc__ has used them.
-@cython.no_gc_clear
-cdef class Session:
-    """One session, or the shell of one that is not open yet. Made by Engine.new_session()."""
-
-    def __init__(self):
-        raise TypeError("sessions are made by Engine.new_session()")
-
-    def __dealloc__(self):
-        cdef engine *e
-        cdef ul_session *s = self.s
-        if s == NULL:
-            return
-        e = self.engine.e
-        self.s = NULL
-        s.handle = NULL
-        with nogil:
-            engine_lock(e)
-            if not s.closing:
-                session_close(e, s, False)
-                if e.touched != NULL:
-                    engine_settle(e)
-            session_unref(e, s)
-            engine_unlock(e)
-
-    # ------------------------------------------------------------ data
-
-    cdef Py_ssize_t recv(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns) except -1:
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef Py_ssize_t got
-        cdef size_t done = 0
-        cdef int64_t deadline
-        if flags & USER_DONTWAIT:
-            timeout_ns = 0
-        with nogil:
-            deadline = deadline_of(timeout_ns)
-            got = user_recv(e, s, out, n, flags, deadline, &done)
-        while got == -EINTR:
-            PyErr_CheckSignals()
-            with nogil:
-                got = user_recv(e, s, out, n, flags, deadline, &done)
-        if got < 0:
-            raise_timed(got, timeout_ns)
-        return got
-
-    cdef Py_ssize_t recvfrom(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns,
-                             ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except -1:
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef Py_ssize_t got = -EINTR
-        cdef int64_t deadline
-        if flags & USER_DONTWAIT:
-            timeout_ns = 0
-        deadline = deadline_of(timeout_ns)
-        while True:
-            with nogil:
-                got = user_recvfrom(e, s, out, n, flags, deadline, src, sport, full_bytes)
-            if got != -EINTR:
-                break
-            PyErr_CheckSignals()
-        if got < 0:
-            raise_timed(got, timeout_ns)
-        return got
-
-    cdef Py_ssize_t send_some(self, const uint8_t *data, size_t n, object owner, bint all, int64_t timeout_ns,
-                              size_t *done) except -1:
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef void *held = NULL if owner is None else <void *>owner
-        cdef Py_ssize_t got
-        cdef int64_t deadline
-        with nogil:
-            deadline = deadline_of(timeout_ns)
-            got = user_send(e, s, data, n, held, all, deadline, done)
-        while got == -EINTR:
-            PyErr_CheckSignals()
-            with nogil:
-                got = user_send(e, s, data, n, held, all, deadline, done)
-        if e.bufs.dead != NULL:
-            self.engine.reap()
-        if got < 0:
-            raise_timed(got, timeout_ns)
-        return got
-
-    cdef Py_ssize_t send(self, const uint8_t *data, size_t n, object owner, int flags, int64_t timeout_ns) except -1:
-        cdef size_t done = 0
-        return self.send_some(data, n, owner, False, 0 if flags & USER_DONTWAIT else timeout_ns, &done)
-
-    cdef int sendall(self, const uint8_t *data, size_t n, object owner, int64_t timeout_ns, size_t *sent) except -1:
-        sent[0] = 0
-        self.send_some(data, n, owner, True, timeout_ns, sent)
-        return 0
-
-    cdef Py_ssize_t sendto(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
-                           int64_t timeout_ns) except -1:
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef Py_ssize_t got
-        cdef int64_t deadline
-        if flags & USER_DONTWAIT:
-            timeout_ns = 0
-        deadline = deadline_of(timeout_ns)
-        while True:
-            with nogil:
-                got = user_sendto(e, s, data, n, dst, dport, deadline)
-            if got == -EINTR:
-                PyErr_CheckSignals()
-            elif got == -USER_RESOLVE:
-                self.engine.resolve_pending()
-            else:
-                break
-        if got < 0:
-            raise_timed(got, timeout_ns)
-        return got
-
-    def recv_buffer(self, size_t max_bytes, int64_t timeout_ns=-1):
-        """Up to max_bytes (TCP) or one datagram (UDP) as a Buffer; empty at end of file."""
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef rxseg *seg
-        cdef Buffer b
-        cdef int err = 0
-        cdef int64_t deadline = deadline_of(timeout_ns)
-        while True:
-            with nogil:
-                seg = user_recv_seg(e, s, max_bytes, deadline, &err)
-            if seg != NULL or err != -EINTR:
-                break
-            PyErr_CheckSignals()
-        if seg == NULL:
-            if err < 0:
-                raise_timed(err, timeout_ns)
-            return Buffer.__new__(Buffer)  # end of file: an empty one
-        b = Buffer.__new__(Buffer)
-        b.engine = self.engine
-        b.seg = seg
-        if self.kind == UL_IPPROTO_UDP:
-            b.address = (addr_text(&seg.raddr), seg.rport)
-        return b
-
-    # ------------------------------------------------------------ readiness
-
-    @property
-    def ready(self):
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef uint32_t bits
-        with nogil:
-            engine_lock(e)
-            bits = session_ready(s)
-            engine_unlock(e)
-        return bits
-
-    def wait(self, uint32_t mask, int64_t timeout_ns=-1):
-        """Drive the engine until one of mask (or ERROR, HUP) is ready; the ready bits, 0 on time-out."""
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef uint32_t ready = 0
-        cdef int rc
-        cdef int64_t deadline = deadline_of(timeout_ns)
-        while True:
-            with nogil:
-                rc = user_wait(e, s, mask, deadline, &ready)
-            if rc != -EINTR:
-                break
-            PyErr_CheckSignals()
-        if rc == -EBADF:
-            fail(rc)
-        return ready & (mask | 12)
-
-    def fileno(self):
-        """A descriptor that select, poll and epoll may watch; the same one at every call, -1 once closed."""
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef int err = 0
-        if s.closing:
-            return -1
-        with nogil:
-            engine_lock(e)
-            if s.fd == NULL:
-                s.fd = readyfd_new(&err)
-                if s.fd != NULL:
-                    e.watched += 1
-                    readyfd_show(s.fd, session_ready(s))
-                    helper_wake(e)         # from now on frames must be noticed at once
-            engine_unlock(e)
-        if s.fd == NULL:
-            fail(err)
-        return s.fd.user_fd
-
-    # ------------------------------------------------------------ names, state, options
-
-    @property
-    def session_id(self):
-        return self.s.id
-
-    @session_id.setter
-    def session_id(self, uint64_t value):
-        self.s.id = value
-
-    @property
-    def local(self):
-        return (addr_text(&self.s.flow.laddr), self.s.flow.lport)
-
-    @property
-    def peer(self):
-        if addr_is_zero(&self.s.flow.raddr):
-            return None
-        return (addr_text(&self.s.flow.raddr), self.s.flow.rport)
-
-    @property
-    def live(self):
-        return self.s.role == ROLE_TCP or self.s.role == ROLE_UDP or self.s.role == ROLE_LISTEN
-
-    @property
-    def listening(self):
-        return self.s.role == ROLE_LISTEN
-
-    @property
-    def closed(self):
-        return bool(self.s.closing)
-
-    @property
-    def state(self):
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef int state = 0
-        cdef int role
-        with nogil:
-            engine_lock(e)
-            role = s.role
-            if role == ROLE_TCP:
-                state = tcp_state(s.tcp)
-            engine_unlock(e)
-        if role == ROLE_UDP:
-            return "OPEN"
-        if role == ROLE_LISTEN:
-            return "LISTEN"
-        return STATES[state]
-
-    def set_local(self, str address, int port):
-        """Note the local endpoint of a shell (bound, not open yet)."""
-        addr_parse(address, &self.s.flow.laddr)
-        self.s.flow.lport = <uint16_t>port
-
-    def begin_connect(self):
-        """A shell whose connection is being made elsewhere: neither readable nor writable until it is imported."""
-        self.s.phase = PHASE_CONNECTING
-
-    def take_error(self):
-        """SO_ERROR: the pending errno, cleared; 0 if none."""
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef int error = 0
-        with nogil:
-            engine_lock(e)
-            if s.role == ROLE_TCP:
-                error = tcp_so_error(s.tcp, True)
-            elif s.role == ROLE_UDP:
-                error = udp_so_error(s.udp, True)
-            else:
-                error = s.so_error
-                s.so_error = 0
-            session_touch(e, s)
-            engine_settle(e)
-            engine_unlock(e)
-        return -error
-
-    def setopt(self, int level, int name, int value):
-        """SOL_SOCKET, IPPROTO_IP and IPPROTO_TCP options; OSError ENOPROTOOPT for those unknown."""
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef int rc = 0
-        with nogil:
-            engine_lock(e)
-            rc = option_set(e, s, level, name, value)
-            if s.role == ROLE_TCP:
-                session_touch(e, s)
-                engine_settle(e)
-            engine_unlock(e)
-        if rc < 0:
-            fail(rc)
-
-    def getopt(self, int level, int name):
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef int rc
-        cdef int value = 0
-        with nogil:
-            engine_lock(e)
-            rc = option_get(s, level, name, &value)
-            engine_unlock(e)
-        if rc < 0:
-            fail(rc)
-        return value
-
-    def shutdown(self, int how):
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef int rc
-        with nogil:
-            rc = user_shutdown(e, s, how)
-        if rc < 0:
-            fail(rc)
-
-    def stat(self):
-        """Counters and estimators by name (tcp_stat); times in ns. Empty when there is no protocol state."""
-        cdef engine *e = self.engine.e
-        cdef ul_session *s = self.s
-        cdef tcp_stat t
-        cdef int role
-        memset(&t, 0, sizeof(t))
-        with nogil:
-            engine_lock(e)
-            role = s.role
-            if role == ROLE_TCP:
-                tcp_stat_get(s.tcp, &t)
-            elif role == ROLE_UDP:
-                t.bytes_in = s.udp.bytes_in
-                t.bytes_out = s.udp.bytes_out
-            engine_unlock(e)
-        if role == ROLE_UDP:
-            return {"bytes_in": t.bytes_in, "bytes_out": t.bytes_out}
-        return dict(t) if role == ROLE_TCP else {}
-
-
-cdef int raise_timed(Py_ssize_t code, int64_t timeout_ns) except -1:
-    if code == -EAGAIN and timeout_ns > 0:
-        raise TimeoutError("timed out")
-    return fail(code)
-
-
-cdef int option_set(engine *e, ul_session *s, int level, int name, int value) noexcept nogil:
-    if level == SOL_IP:
-        if name == IP_TTL:
-            if value < 1 or value > 255:
-                return -EINVAL
-            s.ttl = <uint8_t>value
-            return 0
-        if name == IP_TOS:
-            s.tos = <uint8_t>value
-            return 0
-        return -ENOPROTOOPT
-    if s.flow.proto == UL_IPPROTO_UDP:
-        if level == SOL_SOCKET and name == SO_RCVBUF:
-            s.cfg.rcvbuf_bytes = <uint32_t>(value if value > 4096 else 4096)
-            if s.udp != NULL:
-                s.udp.rcvbuf_bytes = s.cfg.rcvbuf_bytes
-            return 0
-        if level == SOL_SOCKET and (name == SO_SNDBUF or name == SO_KEEPALIVE):
-            return 0
-        return -ENOPROTOOPT
-    # The configuration is what accepted connections inherit and what the control block starts with.
-    if level == SOL_SOCKET:
-        if name == SO_SNDBUF:
-            s.cfg.sndbuf_bytes = <uint32_t>(value if value > 4096 else 4096)
-        elif name == SO_RCVBUF:
-            s.cfg.rcvbuf_bytes = <uint32_t>(value if value > 4096 else 4096)
-        elif name == SO_KEEPALIVE:
-            s.cfg.keepalive = value != 0
-        elif s.role != ROLE_TCP:
-            return -ENOPROTOOPT
-    elif level == UL_IPPROTO_TCP:
-        if name == TCP_NODELAY:
-            s.cfg.nodelay = value != 0
-        elif name == TCP_KEEPIDLE or name == TCP_KEEPINTVL or name == TCP_KEEPCNT:
-            if value < 1 or value > 32767:
-                return -EINVAL
-            if name == TCP_KEEPIDLE:
-                s.cfg.keepidle_s = value
-            elif name == TCP_KEEPINTVL:
-                s.cfg.keepintvl_s = value
-            else:
-                s.cfg.keepcnt = value
-        elif name == TCP_USER_TIMEOUT:
-            if value < 0:
-                return -EINVAL
-            s.cfg.user_timeout_ms = value
-        elif name == TCP_MAXSEG and s.role != ROLE_TCP:
-            if value < TCP_MSS_MIN or value > 65495:
-                return -EINVAL
-            if value < s.cfg.mss_bytes:
-                s.cfg.mss_bytes = <uint16_t>value
-        elif s.role != ROLE_TCP:
-            return -ENOPROTOOPT
-    else:
-        return -ENOPROTOOPT
-    if s.role == ROLE_TCP:
-        return tcp_setopt(&e.env, s.tcp, level, name, value)
-    return 0
-
-
-cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nogil:
-    if level == SOL_IP and name == IP_TTL:
-        value[0] = s.ttl
-        return 0
-    if level == SOL_IP and name == IP_TOS:
-        value[0] = s.tos
-        return 0
-    if s.role == ROLE_TCP:
-        return tcp_getopt(s.tcp, level, name, value)
-    if level == SOL_SOCKET:
-        if name == SO_SNDBUF:
-            value[0] = s.cfg.sndbuf_bytes
-        elif name == SO_RCVBUF:
-            value[0] = s.cfg.rcvbuf_bytes
-        elif name == SO_KEEPALIVE:
-            value[0] = s.cfg.keepalive
-        else:
-            return -ENOPROTOOPT
-        return 0
-    if level == UL_IPPROTO_TCP and s.flow.proto == UL_IPPROTO_TCP:
-        if name == TCP_NODELAY:
-            value[0] = s.cfg.nodelay
-        elif name == TCP_KEEPIDLE:
-            value[0] = s.cfg.keepidle_s
-        elif name == TCP_KEEPINTVL:
-            value[0] = s.cfg.keepintvl_s
-        elif name == TCP_KEEPCNT:
-            value[0] = s.cfg.keepcnt
-        elif name == TCP_USER_TIMEOUT:
-            value[0] = s.cfg.user_timeout_ms
-        elif name == TCP_MAXSEG:
-            value[0] = s.cfg.mss_bytes
-        else:
-            return -ENOPROTOOPT
-        return 0
-    return -ENOPROTOOPT
 
 
 # The collector must not take the attributes before __dealloc__ has used them.
@@ -680,7 +122,8 @@ cdef class Engine:
         except OSError:
             pass                           # the server is away: the sender's own timers decide
 
-    cdef int resolve_pending(self) except -1:
+    def resolve_pending(self):
+        """Have the resolver find the next hop that a datagram waits for."""
         cdef engine *e = self.e
         cdef ul_addr hop
         with nogil:
@@ -690,11 +133,10 @@ cdef class Engine:
             engine_unlock(e)
         if self.resolver is None:
             raise OSError(EAGAIN, "the next hop's address is not known and nobody can be asked")
-        self.resolver(addr_text(&hop))
-        return 0
+        self.resolver(addr_to_text(&hop))
 
-    cdef void reap(self) noexcept:
-        """Decref what was held for sending. Not under the lock: a decref may run anything."""
+    def reap(self):
+        """Give back the objects held for sending. Not under the lock: a decref may run anything."""
         cdef engine *e = self.e
         cdef txchunk *dead
         cdef txchunk *c
@@ -796,7 +238,7 @@ cdef class Engine:
         """Ask by ARP for a neighbour on behalf of somebody else; the answer shows in the metastate page."""
         cdef engine *e = self.e
         cdef ul_addr hop
-        addr_parse(next_hop, &hop)
+        addr_from_text(next_hop, &hop)
         with nogil:
             engine_lock(e)
             e.nenv.now_ns = clock_now()
@@ -837,16 +279,7 @@ cdef class Engine:
             engine_unlock(e)
         if s == NULL:
             raise MemoryError("no memory for a session")
-        return self.wrap(s)
-
-    cdef Session wrap(self, ul_session *s):
-        """Takes over one reference to s."""
-        cdef Session handle = Session.__new__(Session)
-        handle.engine = self
-        handle.kind = s.flow.proto
-        handle.s = s
-        s.handle = <void *>handle
-        return handle
+        return session_wrap(self, e, s)
 
     def open_udp(self, Session session not None, str laddr, int lport, str raddr=None, int rport=0):
         """Open, or give an open session another peer. EADDRINUSE when the flow exists here."""
@@ -854,13 +287,7 @@ cdef class Engine:
         cdef ul_session *s = session.s
         cdef flow_key flow
         cdef int rc = 0
-        memset(&flow, 0, sizeof(flow))
-        flow.proto = UL_IPPROTO_UDP
-        addr_parse(laddr, &flow.laddr)
-        flow.lport = <uint16_t>lport
-        if raddr is not None:
-            addr_parse(raddr, &flow.raddr)
-            flow.rport = <uint16_t>rport
+        flow_fill(&flow, UL_IPPROTO_UDP, laddr, lport, raddr, rport)
         with nogil:
             engine_lock(e)
             if s.role == ROLE_SHELL:
@@ -900,12 +327,7 @@ cdef class Engine:
         cdef ul_session *s = session.s
         cdef flow_key flow
         cdef int rc
-        memset(&flow, 0, sizeof(flow))
-        flow.proto = UL_IPPROTO_TCP
-        addr_parse(laddr, &flow.laddr)
-        addr_parse(raddr, &flow.raddr)
-        flow.lport = <uint16_t>lport
-        flow.rport = <uint16_t>rport
+        flow_fill(&flow, UL_IPPROTO_TCP, laddr, lport, raddr, rport)
         with nogil:
             engine_lock(e)
             e.now_ns = clock_now()
@@ -939,10 +361,7 @@ cdef class Engine:
         cdef ul_session *s = session.s
         cdef flow_key flow
         cdef int rc = 0
-        memset(&flow, 0, sizeof(flow))
-        flow.proto = UL_IPPROTO_TCP
-        addr_parse(laddr, &flow.laddr)
-        flow.lport = <uint16_t>lport
+        flow_fill(&flow, UL_IPPROTO_TCP, laddr, lport, None, 0)
         with nogil:
             engine_lock(e)
             s.backlog = <uint32_t>(backlog if backlog > 0 else 0)
@@ -990,7 +409,7 @@ cdef class Engine:
             engine_unlock(e)
         if rc < 0:
             fail(rc)
-        return None if s == NULL else self.wrap(s)
+        return None if s == NULL else session_wrap(self, e, s)
 
     def close_session(self, Session session not None, *, bint linger_abort=False):
         """The user is done with it; TCP goes on to its end by itself. Calling it again does nothing."""
@@ -1017,13 +436,8 @@ cdef class Engine:
         cdef engine *e = self.e
         cdef flow_key flow
         cdef tcp_out out
-        memset(&flow, 0, sizeof(flow))
         memset(&out, 0, sizeof(out))
-        flow.proto = UL_IPPROTO_TCP
-        addr_parse(laddr, &flow.laddr)
-        addr_parse(raddr, &flow.raddr)
-        flow.lport = <uint16_t>lport
-        flow.rport = <uint16_t>rport
+        flow_fill(&flow, UL_IPPROTO_TCP, laddr, lport, raddr, rport)
         out.seq = snd_nxt
         out.ack = rcv_nxt
         out.flags = TCP_RST | TCP_ACK
@@ -1038,94 +452,40 @@ cdef class Engine:
     def export_session(self, Session session not None):
         """The whole state of a TCP session as bytes; it lives elsewhere from now on (its handle says EBADF)."""
         cdef engine *e = self.e
-        cdef ul_session *s = session.s
-        cdef ul_session *mark
-        cdef uint8_t *out
+        cdef uint8_t *out = NULL
         cdef size_t n = 0
-        cdef size_t room
-        cdef state_head head
-        cdef bytes state = b""
-        cdef int rc = 0
+        cdef int rc
         with nogil:
             engine_lock(e)
-            e.now_ns = clock_now()
-            e.env.now_ns = e.now_ns
-            if s.role != ROLE_TCP:
-                rc = -ENOTCONN
-            else:
-                session_ref(s)
-                memset(&head, 0, sizeof(head))
-                head.magic = STATE_MAGIC
-                head.head_bytes = sizeof(head)
-                head.flow = s.flow
-                head.ttl = s.ttl
-                head.tos = s.tos
-                room = tcp_export_bytes(s.tcp)
-                with gil:
-                    # bytes are filled in place: bulk in flight is copied once
-                    try:
-                        state = PyBytes_FromStringAndSize(NULL, sizeof(head) + room)
-                    except MemoryError:
-                        rc = -ENOMEM
-                    out = <uint8_t *>PyBytes_AS_STRING(state)
-                if rc == 0:
-                    memcpy(out, &head, sizeof(head))
-                    n = tcp_export(&e.env, s.tcp, out + sizeof(head))
-                    s.closing = 1
-                    waiters_wake(e, s, 0xFF)
-                    session_end(e, s, 0)
-                    if s.fd != NULL:
-                        e.watched -= 1
-                        readyfd_free(s.fd)
-                        s.fd = NULL
-                    mark = session_new(e, UL_IPPROTO_TCP)
-                    if mark != NULL:
-                        mark.flow = head.flow
-                        mark.role = ROLE_FOREIGN
-                        mark.id = s.id
-                        session_insert(e, mark)
-                        if e.library:
-                            foreign_arm(e, mark, e.now_ns + FOREIGN_NS)
-                        session_unref(e, mark)
-                session_unref(e, s)
+            rc = handover_export(e, session.s, &out, &n)
             engine_unlock(e)
-        if e.bufs.dead != NULL:
-            self.reap()
         if rc < 0:
             fail(rc)
-        if n != room:
-            state = state[:sizeof(head) + n]
-        return state
+        if e.bufs.dead != NULL:
+            self.reap()
+        try:
+            return PyBytes_FromStringAndSize(<char *>out, n)
+        finally:
+            free(out)
 
     def adopt_foreign(self, int proto, str laddr, int lport, str raddr, int rport):
         """Remember a flow that another process holds: its frames are strays here, never refused."""
         cdef engine *e = self.e
-        cdef ul_session *mark
         cdef flow_key flow
         flow_fill(&flow, proto, laddr, lport, raddr, rport)
         with nogil:
             engine_lock(e)
-            mark = session_find(e, &flow)
-            if mark == NULL:
-                mark = session_new(e, flow.proto)
-                if mark != NULL:
-                    mark.flow = flow
-                    mark.role = ROLE_FOREIGN
-                    session_insert(e, mark)
-                    session_unref(e, mark)
+            foreign_add(e, &flow, 0)
             engine_unlock(e)
 
     def forget_flow(self, int proto, str laddr, int lport, str raddr, int rport):
         """The other holder's session is over."""
         cdef engine *e = self.e
-        cdef ul_session *mark
         cdef flow_key flow
         flow_fill(&flow, proto, laddr, lport, raddr, rport)
         with nogil:
             engine_lock(e)
-            mark = session_find(e, &flow)
-            if mark != NULL and mark.role == ROLE_FOREIGN:
-                session_end(e, mark, 0)
+            foreign_forget(e, &flow)
             engine_unlock(e)
 
     def import_session(self, Session session not None, state, uint64_t session_id):
@@ -1138,7 +498,7 @@ cdef class Engine:
         cdef size_t n = view.shape[0]
         with nogil:
             engine_lock(e)
-            rc = import_state(e, s, p, n, session_id)
+            rc = handover_import(e, s, p, n, session_id)
             engine_unlock(e)
         if rc == -EINVAL:
             raise ValueError(f"session state of {n} bytes is malformed")
@@ -1172,21 +532,11 @@ cdef class Engine:
             engine_lock(e)
             if l.role == ROLE_LISTEN:
                 s.cfg = l.cfg
-                rc = import_state(e, s, p, n, session_id)
+                rc = handover_import(e, s, p, n, session_id)
             if rc == 0:
-                # The queue gets a reference of its own, accept() another handle.
+                # The queue has a reference of its own, accept() makes another handle.
                 s.handle = NULL
-                s.phase = PHASE_QUEUED
-                s.listener = l
-                session_ref(l)
-                session_ref(s)
-                if l.accept_tail != NULL:
-                    l.accept_tail.accept_next = s
-                else:
-                    l.accept_head = s
-                l.accept_tail = s
-                l.accept_count += 1
-                session_touch(e, l)
+                handover_enqueue(e, l, s)
             engine_unlock(e)
         if rc < 0:
             raise OSError(-rc, "the listener takes no session: it is closed, or the state is malformed")
@@ -1288,110 +638,11 @@ cdef class Engine:
 
     def sessions(self):
         """One dict for each session here: proto, local, remote, state, id, and its counters."""
-        cdef engine *e = self.e
-        cdef ul_session *s
-        cdef session_row *rows
-        cdef session_row *row
-        cdef uint32_t n = 0
-        cdef uint32_t room = e.all_count + 64
-        cdef uint32_t i
-        cdef list out = []
-        # Python objects are made after the lock is let go: making one may run the collector, and that a destructor
-        # which wants the lock.
-        rows = <session_row *>malloc(room * sizeof(session_row))
-        if rows == NULL:
-            raise MemoryError("no memory for the list of sessions")
-        with nogil:
-            engine_lock(e)
-            s = e.all
-            while s != NULL and n < room:
-                if s.role == ROLE_TCP or s.role == ROLE_UDP or s.role == ROLE_LISTEN:
-                    row = &rows[n]
-                    n += 1
-                    row.role = s.role
-                    row.closing = s.closing
-                    row.flow = s.flow
-                    row.id = s.id
-                    memset(&row.t, 0, sizeof(tcp_stat))
-                    if s.role == ROLE_TCP:
-                        tcp_stat_get(s.tcp, &row.t)
-                    elif s.role == ROLE_UDP:
-                        row.t.bytes_in = s.udp.bytes_in
-                        row.t.bytes_out = s.udp.bytes_out
-                s = s.all_next
-            engine_unlock(e)
-        for i in range(n):
-            row = &rows[i]
-            entry = dict(row.t)
-            entry["proto"] = "udp" if row.role == ROLE_UDP else "tcp"
-            entry["local"] = (addr_text(&row.flow.laddr), row.flow.lport)
-            entry["remote"] = None if addr_is_zero(&row.flow.raddr) else (addr_text(&row.flow.raddr), row.flow.rport)
-            entry["state"] = ("OPEN" if row.role == ROLE_UDP else "LISTEN" if row.role == ROLE_LISTEN
-                              else STATES[row.t.state])
-            entry["session_id"] = row.id
-            entry["closing"] = bool(row.closing)
-            out.append(entry)
-        free(rows)
-        return out
+        return report_sessions(self.e)
 
     def counters(self):
         """Everything counted, one flat dict: engine, TCP (tcp_...), buffers (buf_...), link (link_...)."""
-        cdef engine *e = self.e
-        out = dict(e.n)
-        for name, value in dict(e.tcp).items():
-            out["tcp_" + name] = value
-        out["buf_held"] = e.bufs.held
-        out["buf_lent"] = e.bufs.lent
-        out["buf_copied_bytes"] = e.bufs.copied_bytes
-        out["buf_evacuated"] = e.bufs.evacuated
-        out["buf_nomem"] = e.bufs.nomem
-        out["reass_done"] = e.reass.done
-        out["reass_timeouts"] = e.reass.timeouts
-        out["reass_overlaps"] = e.reass.overlaps
-        out["reass_overflow"] = e.reass.overflow
-        out["sessions"] = e.all_count
-        out["flows"] = e.table_count
+        out = report_counters(self.e)
         for name, value in self.link.counters().items():
             out["link_" + name] = value
         return out
-
-
-cdef int flow_fill(flow_key *flow, int proto, str laddr, int lport, str raddr, int rport) except -1:
-    memset(flow, 0, sizeof(flow_key))
-    flow.proto = <uint8_t>proto
-    addr_parse(laddr, &flow.laddr)
-    addr_parse(raddr, &flow.raddr)
-    flow.lport = <uint16_t>lport
-    flow.rport = <uint16_t>rport
-    return 0
-
-
-cdef int import_state(engine *e, ul_session *s, const uint8_t *p, size_t n, uint64_t session_id) noexcept nogil:
-    """Lock held. Sender and receiver are of one build: the head's size is its version."""
-    cdef state_head head
-    cdef int err = 0
-    cdef int rc
-    if n < sizeof(head):
-        return -EINVAL
-    memcpy(&head, p, sizeof(head))
-    if head.magic != STATE_MAGIC or head.head_bytes != sizeof(head) or head.flow.proto != UL_IPPROTO_TCP:
-        return -EINVAL
-    if s.role != ROLE_SHELL:
-        return -EISCONN
-    e.now_ns = clock_now()
-    e.env.now_ns = e.now_ns
-    s.tcp = tcp_import(&e.env, p + sizeof(head), n - sizeof(head), s, &err)
-    if s.tcp == NULL:
-        return err if err else -EINVAL
-    s.flow = head.flow
-    s.ttl = head.ttl
-    s.tos = head.tos
-    s.id = session_id
-    s.phase = PHASE_OPEN
-    s.role = ROLE_TCP
-    rc = session_insert(e, s)
-    if rc < 0:
-        session_end(e, s, rc)
-    return rc
-
-

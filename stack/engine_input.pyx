@@ -5,7 +5,7 @@ between two holders are kept: an orphan waits for its session to arrive, a stray
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
@@ -18,7 +18,7 @@ from ulnet.stack.engine_core cimport (
 from ulnet.stack.engine_output cimport emit_echo_reply, emit_icmp_unreachable, emit_refusal
 from ulnet.stack.ip_reass cimport ip_reass_input
 from ulnet.stack.neighbour cimport neigh_input
-from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, TCP_SYN, tcp_icmp, tcp_input, tcp_isn, tcp_out, tcp_passive, tcp_refuse, tcp_seg
+from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, TCP_SYN, tcp_icmp, tcp_input, tcp_isn, tcp_out, tcp_passive, tcp_refuse, tcp_reusable, tcp_seg
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_equal, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_icmp, udp_input
 from ulnet.stack.wire cimport (
@@ -98,6 +98,7 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
     cdef tcp_seg seg
     cdef flow_key flow
     cdef ul_session *s
+    cdef uint32_t iss_least = 0
     cdef int rc
     memset(&flow, 0, sizeof(flow))
     rc = tcp_parse(ip, verify, &seg, &flow.rport, &flow.lport)
@@ -115,6 +116,11 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
     s = session_find(e, &flow)
     if s != NULL:
         if s.role == ROLE_TCP:
+            if seg.flags & TCP_SYN and s.closing and tcp_reusable(s.tcp, &seg, &iss_least):
+                # RFC 9293 3.10.7.4 (TIME-WAIT), RFC 6191: a new connection may take over the old one's names.
+                session_end(e, s, 0)
+                listen_input(e, &seg, &flow, iss_least)
+                return False
             tcp_input(&e.env, s.tcp, &seg)
             session_touch(e, s)
             return seg.held
@@ -124,16 +130,17 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
     if e.library:
         orphan_add(e, frame, &flow)
         return False
-    listen_input(e, &seg, &flow)
+    listen_input(e, &seg, &flow, 0)
     return False
 
 
-cdef void listen_input(engine *e, tcp_seg *seg, const flow_key *flow) noexcept nogil:
+cdef void listen_input(engine *e, tcp_seg *seg, const flow_key *flow, uint32_t iss_least) noexcept nogil:
     """RFC 9293 3.10.7.2: a segment for no connection: a listener's SYN, or refused."""
     cdef flow_key name
     cdef ul_session *listener
     cdef ul_session *s
     cdef tcp_out out
+    cdef uint32_t iss
     memset(&name, 0, sizeof(name))
     name.laddr = flow.laddr
     name.lport = flow.lport
@@ -165,7 +172,10 @@ cdef void listen_input(engine *e, tcp_seg *seg, const flow_key *flow) noexcept n
     s.listener = listener
     session_ref(listener)
     listener.embryonic += 1
-    tcp_passive(&e.env, s.tcp, seg, tcp_isn(e.secret, &s.flow, sizeof(flow_key), e.now_ns))
+    iss = tcp_isn(e.secret, &s.flow, sizeof(flow_key), e.now_ns)
+    if iss_least and <int32_t>(iss - iss_least) < 0:
+        iss = iss_least
+    tcp_passive(&e.env, s.tcp, seg, iss)
     session_touch(e, s)
     session_unref(e, s)                    # the table and the listener's queue hold it from here
 

@@ -7,8 +7,8 @@ from libc.errno cimport EAGAIN, EBADF, EDESTADDRREQ, EINTR, EISCONN, EMSGSIZE, E
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 
 from ulnet.stack.engine_core cimport (
-    ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_poll, engine_settle,
-    session_ready, session_ref, session_touch, session_unref, ul_session,
+    PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_poll,
+    engine_settle, session_ready, session_ref, session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_output cimport emit_udp
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
@@ -58,6 +58,8 @@ cdef int dead_answer(ul_session *s, bint reading) noexcept nogil:
         if error:
             return error
         return 0 if reading else -EPIPE
+    if s.role == ROLE_SHELL and s.phase == PHASE_CONNECTING:
+        return -EAGAIN                     # as Linux: who waits for data waits for the connection, too
     return -ENOTCONN
 
 
@@ -287,7 +289,7 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
         rc = 0                             # Linux ends the listening; the owner closes it
     else:
         rc = dead_answer(s, False)
-        if rc == -EPIPE:
+        if rc == -EPIPE or rc == -EAGAIN:
             rc = -ENOTCONN
     session_touch(e, s)
     leave(e, s)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from ulnet.stack.engine import Engine, Session
+from ulnet.stack.engine import Engine
+from ulnet.stack.session import Session
 
 
 class Host(ABC):

@@ -22,9 +22,10 @@ from weakref import WeakMethod, WeakValueDictionary
 from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
 from ulnet.kernelshim.packet import PacketLink
 from ulnet.stack import protocol as p
-from ulnet.stack.engine import Engine, Session
+from ulnet.stack.engine import Engine
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
+from ulnet.stack.session import Session
 from ulnet.stack.statpage import StatPage
 
 log = logging.getLogger("ulnet.proxy")
@@ -173,18 +174,20 @@ class Proxy(Host):
         try:
             message = self._rpc(p.Call.CONNECT, request, timeout=None if timeout_ns < 0 else timeout_ns / 1e9)
             self._answer(message, p.Connected)
-            if session.closed:  # by another thread, while this one waited
-                raise InterruptedError
-            self.engine.import_session(session, message.ool[0], number)
-        except InterruptedError:
-            self._forget(number, reset=True)
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
         except BaseException as error:
             refused = isinstance(error, OSError) and not isinstance(error, TimeoutError)
-            if not refused:  # timed out here, interrupted, or the state could not be taken: nobody else will end it
+            if not refused:  # timed out or interrupted: nobody else will end what the server goes on with
                 self._forget(number, reset=True)
             if not (refused and named):
                 self._unname(session)
+            raise
+        try:
+            if session.closed:  # by another thread, while this one waited
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self.engine.import_session(session, message.ool[0], number)
+        except BaseException:
+            self._forget(number, reset=True)
+            self._unname(session)
             raise
 
     def _connect_udp(self, session: Session, address: str, port: int) -> None:

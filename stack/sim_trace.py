@@ -25,8 +25,8 @@ class Segment(NamedTuple):
     raw_ack: int
 
     def __str__(self) -> str:
-        name = "".join(self.flags) or "-"
-        return f"{self.time_ns / 1e6:12.6f} ms {self.src} {name:4} seq {self.seq} ack {self.ack} len {self.length} wnd {self.wnd} {self.fate}"
+        numbers = f"seq {self.seq} ack {self.ack} len {self.length} wnd {self.wnd}"
+        return f"{self.time_ns / 1e6:12.6f} ms {self.src} {self.flags or '-':4} {numbers} {self.fate}"
 
 
 class Trace(list[Segment]):
@@ -43,7 +43,7 @@ class Trace(list[Segment]):
     def since(self, time_ns: int) -> Trace:
         return Trace(s for s in self if s.time_ns >= time_ns)
 
-    def count(self, what: Segment | Callable[[Segment], bool]) -> int:  # type: ignore[override]
+    def count(self, what: Segment | Callable[[Segment], bool]) -> int:
         return sum(1 for s in self if (what(s) if callable(what) else s == what))
 
     def resent(self, src: str) -> Trace:

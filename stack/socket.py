@@ -24,8 +24,9 @@ from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from ulnet.stack._socket import Socket, parse_address
 from ulnet.stack._sockopt import Options
-from ulnet.stack.engine import ERROR, HUP, READABLE, WRITABLE, Session
+from ulnet.stack.engine import ERROR, HUP, READABLE, WRITABLE
 from ulnet.stack.host import Host
+from ulnet.stack.session import Session
 
 if TYPE_CHECKING:  # at run time every public name of the standard module is taken over, below
     # fmt: off

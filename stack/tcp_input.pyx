@@ -1,6 +1,6 @@
 """A segment arrives: checks, acknowledgement, data, FIN (RFC 9293 3.10.7 in its order), and ICMP errors.
 
-Nothing is sent from here but resets and challenge ACKs: input changes state and sets flags, ``tcp_output`` acts at
+Nothing is sent from here but resets and duplicate ACKs, which must not be coalesced: input changes state and sets flags, ``tcp_output`` acts at
 the end of the burst.
 """
 # Read first: RFC 9293 3.10.7.3 (SYN-SENT), 3.10.7.4 (the rest); RFC 5961 3 to 5; RFC 7323 3 to 5; RFC 5681 3.2.
@@ -13,7 +13,7 @@ from ulnet.stack.seqnum cimport seq_ge, seq_gt, seq_le, seq_lt
 from ulnet.stack.tcp cimport TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, tcp_env, tcp_seg
 from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_congestion cimport tcp_cc_mss, tcp_cc_start
-from ulnet.stack.tcp_output cimport tcp_send_bare
+from ulnet.stack.tcp_output cimport tcp_send_bare, tcp_send_dup_ack
 from ulnet.stack.tcp_reass cimport ooo_cut, ooo_insert, ooo_pull
 from ulnet.stack.tcp_recovery cimport (
     REC_ENTER, REC_EXIT, REC_GROW, REC_INFLATE, REC_KEEP_TIMER, REC_LOSS, REC_PARTIAL, REC_SLOW, tcp_rec_start,
@@ -290,7 +290,7 @@ cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data,
         if ooo_insert(env.bufs, &pcb.ooo, data, n, seq, seg.frame, 2 * <uint64_t>pcb.rcvbuf_bytes + 65536, &held) < 0:
             env.counters.nomem_dropped += 1
         seg.held = held
-        tcp_want_ack(pcb)                # RFC 5681 3.2: at once
+        tcp_send_dup_ack(env, pcb)       # RFC 5681 4.2: at once
         return True
     if pcb.flags & TF_SHUT_RD:
         pcb.rcv_nxt += n                 # the user said that it will not read

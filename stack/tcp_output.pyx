@@ -57,12 +57,12 @@ cdef uint32_t window_to_announce(const tcp_pcb *pcb) noexcept nogil:
     return space
 
 
-cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out) noexcept nogil:
+cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out, bint same_window) noexcept nogil:
     """Hand a segment to the link. What the link refuses for now is tried again by a short timer."""
     cdef uint32_t wnd, field, pieces = 1
     cdef int r
     if out.flags & TCP_ACK and not out.flags & TCP_RST:
-        wnd = window_to_announce(pcb)
+        wnd = pcb.rcv_adv - pcb.rcv_nxt if same_window else window_to_announce(pcb)
         if out.flags & TCP_SYN:
             field = wnd if wnd < 0xFFFF else 0xFFFF            # RFC 7323 2.2: never scaled
             wnd = field
@@ -106,8 +106,7 @@ cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out) noexcept nogil:
     return 0
 
 
-cdef int tcp_send_bare(tcp_env *env, tcp_pcb *pcb, uint32_t seq, uint32_t ack, int flags) noexcept nogil:
-    cdef tcp_out out
+cdef inline void bare(tcp_env *env, tcp_pcb *pcb, tcp_out *out, uint32_t seq, uint32_t ack, int flags) noexcept nogil:
     out.seq = seq
     out.ack = ack
     out.flags = <uint8_t>flags
@@ -116,10 +115,30 @@ cdef int tcp_send_bare(tcp_env *env, tcp_pcb *pcb, uint32_t seq, uint32_t ack, i
     out.mss_bytes = pcb.eff_mss
     out.iov_count = 0
     if pcb.flags & TF_TS and not flags & TCP_SYN and pcb.state != TCP_SYN_SENT:
-        put_timestamps(env, pcb, &out, (flags & TCP_ACK) != 0)
+        put_timestamps(env, pcb, out, (flags & TCP_ACK) != 0)
+
+
+cdef int tcp_send_bare(tcp_env *env, tcp_pcb *pcb, uint32_t seq, uint32_t ack, int flags) noexcept nogil:
+    cdef tcp_out out
+    bare(env, pcb, &out, seq, ack, flags)
     if flags & TCP_RST:
         env.counters.resets_out += 1
-    return emit(env, pcb, &out)
+    return emit(env, pcb, &out, False)
+
+
+cdef inline uint32_t ack_seq(const tcp_pcb *pcb) noexcept nogil:
+    # snd_max: after a timeout snd_nxt may lie before what the peer has, and it would ignore our ACK.
+    # A window probe's byte, though, it probably refused.
+    return pcb.snd_nxt if pcb.flags & TF_PROBED else pcb.snd_max
+
+
+cdef void tcp_send_dup_ack(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
+    """One for each out-of-order segment (RFC 5681 4.2): the sender counts them, so they are not coalesced, and
+    their window stays the same, or they would not count as duplicates."""
+    cdef tcp_out out
+    bare(env, pcb, &out, ack_seq(pcb), pcb.rcv_nxt, TCP_ACK)
+    if emit(env, pcb, &out, True) < 0:
+        tcp_want_ack(pcb)
 
 
 cdef bint tcp_refuse_build(const tcp_seg *seg, tcp_out *out) noexcept nogil:
@@ -169,7 +188,7 @@ cdef void output_syn(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         o[2] = 3
         o[3] = pcb.rcv_wscale
         out.opt_len_bytes += 4
-    if emit(env, pcb, &out) < 0:
+    if emit(env, pcb, &out, False) < 0:
         return
     pcb.snd_nxt = pcb.iss + 1
     if seq_ge(pcb.iss, pcb.snd_max):
@@ -213,7 +232,7 @@ cdef int send_data(tcp_env *env, tcp_pcb *pcb, uint32_t seq, uint32_t n, int fla
     out.mss_bytes = pcb.eff_mss
     if pcb.flags & TF_TS:
         put_timestamps(env, pcb, &out, True)
-    r = emit(env, pcb, &out)
+    r = emit(env, pcb, &out, False)
     sent[0] = n + (1 if out.flags & TCP_FIN else 0)
     if r == 0 and n:
         env.counters.bytes_out += n
@@ -381,6 +400,4 @@ cdef void tcp_output_run(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     if pcb.state != TCP_FIN_WAIT_2 and pcb.state != TCP_TIME_WAIT:
         output_data(env, pcb)
     if pcb.flags & TF_ACK_NOW:
-        # snd_max: after a timeout snd_nxt may lie before what the peer has, and it would ignore our ACK.
-        # A window probe's byte, though, it probably refused.
-        tcp_send_bare(env, pcb, pcb.snd_nxt if pcb.flags & TF_PROBED else pcb.snd_max, pcb.rcv_nxt, TCP_ACK)
+        tcp_send_bare(env, pcb, ack_seq(pcb), pcb.rcv_nxt, TCP_ACK)

@@ -41,7 +41,6 @@ cdef int newreno_on_dup_ack(tcp_rec *rec, uint32_t snd_una, uint32_t snd_max) no
 
 
 cdef int newreno_on_ack(tcp_rec *rec, uint32_t snd_una, uint32_t snd_max) noexcept nogil:
-    cdef int first
     rec.dupacks = 0
     if rec.state == REC_OPEN:
         # Kept close behind snd_una: a value that is never renewed would turn into the future after 2 GiB.
@@ -49,10 +48,16 @@ cdef int newreno_on_ack(tcp_rec *rec, uint32_t snd_una, uint32_t snd_max) noexce
             rec.recover = snd_una - 2
         return REC_GROW
     if seq_ge(snd_una, rec.recover):
-        first = rec.state
-        rec.state = REC_OPEN
         rec.resend = 0
-        return REC_EXIT if first == REC_FAST else REC_GROW | REC_SLOW
+        if rec.state == REC_LOSS:
+            rec.state = REC_OPEN
+            return REC_GROW | REC_SLOW
+        # differs: RFC 6582 keeps `recover`, so that a segment lost right behind it (sent during this recovery)
+        # waits for the timer. Only proven holes were resent here, few duplicates can come from them; the guard
+        # stays where it is needed, after a timeout.
+        rec.state = REC_OPEN
+        rec.recover = snd_una - 2
+        return REC_EXIT
     if rec.state == REC_LOSS:
         return REC_GROW | REC_SLOW
     # Partial ACK: the next hole begins at snd_una

@@ -23,7 +23,7 @@ from ulnet.stack.proxy import Proxy, query
 ADDRESS = "10.77.0.10"
 PEER = "10.77.0.2"
 NOBODY = "10.77.0.99"
-EMPTY = {"sessions": 0, "flows": 0, "guarded": 0, "names": 0}
+EMPTY = {"sessions": 0, "flows": 0, "guarded": 0, "names": 0, "engine_flows": 0}
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 5.0) -> Any:
@@ -51,7 +51,7 @@ class Bed:
             Bed._count += 1
             self.a = self.testbed.host(f"a{Bed._count}")
             self.b = self.testbed.host(f"b{Bed._count}")
-            self.testbed.wire(self.a, self.b, b_addr=f"{PEER}/24")
+            self.wire()
             self.log = folder / "netserver.log"
             self.server = self.start()
         except BaseException:
@@ -59,6 +59,10 @@ class Bed:
             raise
         self.proxies: list[Proxy] = []
         self.programs: list[subprocess.Popen[bytes]] = []
+
+    def wire(self) -> None:
+        """Join the hosts."""
+        self.testbed.wire(self.a, self.b, b_addr=f"{PEER}/24")
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "ulnet.cli", *arguments]
@@ -127,6 +131,7 @@ class Bed:
         return len(sessions) == waiting and {k: tables[k] for k in EMPTY} == EMPTY | {
             "sessions": waiting,
             "names": waiting,
+            "engine_flows": waiting,
         }
 
     def expect_empty(self, limit_s: float = 5.0) -> None:

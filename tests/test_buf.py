@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ulnet.stack.sim_buf import RingLab
+from ulnet.stack.sim_buf import LabSegment, RingLab
 
 BIG = 9000
 
@@ -154,7 +154,7 @@ def test_random_receiving_reading_and_lending(seed: int) -> None:
     rng = random.Random(seed)
     lab = RingLab(rng.choice([0, 8, 16, 64]))
     sent, got = bytearray(), bytearray()
-    lent: list[tuple[object, bytes]] = []
+    lent: list[tuple[LabSegment, bytes]] = []
     for _ in range(600):
         what = rng.random()
         if what < 0.55:
@@ -172,13 +172,13 @@ def test_random_receiving_reading_and_lending(seed: int) -> None:
                 got += seg.data
                 lent.append((seg, seg.data))
         elif lent:
-            seg, was = lent.pop(rng.randrange(len(lent)))
-            assert seg.data == was  # type: ignore[attr-defined]
-            seg.release()  # type: ignore[attr-defined]
+            old, was = lent.pop(rng.randrange(len(lent)))
+            assert old.data == was
+            old.release()
         lab.relieve()
-    for seg, was in lent:
-        assert seg.data == was  # type: ignore[attr-defined]
-        seg.release()  # type: ignore[attr-defined]
+    for left, was in lent:
+        assert left.data == was
+        left.release()
     got += lab.read(1 << 24)
     assert got == sent
     n = lab.numbers

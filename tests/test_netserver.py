@@ -139,6 +139,28 @@ class TestConnect:
         wait_for(lambda: select.select([app], [], [], 0)[0], "end of file")
         app.close()
 
+    def test_data_waits_for_the_connection(self, bed: Bed, listener: ksocket.socket) -> None:
+        """As with the kernel: EAGAIN for who does not wait, and who waits for data waits for the connection first."""
+        app = tcp(bed.proxy(), 0)
+        bed.server.send_signal(signal.SIGSTOP)
+        try:
+            assert app.connect_ex(listener.getsockname()) == errno.EINPROGRESS
+            for call in (lambda: app.send(b"x"), lambda: app.recv(1)):
+                with pytest.raises(BlockingIOError):
+                    call()
+            app.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                app.send(b"x")
+        finally:
+            bed.server.send_signal(signal.SIGCONT)
+        app.settimeout(5)
+        app.sendall(b"early")
+        peer, _ = listener.accept()
+        assert peer.recv(10) == b"early"
+        peer.close()
+        assert app.recv(1) == b""
+        app.close()
+
     def test_closed_while_connecting(self, bed: Bed) -> None:
         app = tcp(bed.proxy(), 0)
         assert app.connect_ex((NOBODY, 9)) == errno.EINPROGRESS
@@ -612,10 +634,18 @@ class TestEnd:
                 app.connect(listening.getsockname())
                 peer, _ = listening.accept()
                 peer.settimeout(5)
+                left = tcp(proxy)
+                left.connect(listening.getsockname())
+                half, _ = listening.accept()
+                left.close()
+                wait_for(lambda: [r for r in bed.sessions() if r["state"] == "FIN-WAIT-2"], "a session of the server's")
                 assert bed.stop() == 0
                 with pytest.raises(ConnectionResetError):
                     peer.recv(1)
                 peer.close()
+                # RST in CLOSE-WAIT: Linux says EPIPE
+                assert wait_for(lambda: half.getsockopt(ksocket.SOL_SOCKET, ksocket.SO_ERROR), "RST") == errno.EPIPE
+                half.close()
             wait_for(lambda: not proxy.server_alive, "news of the server's end")
             start = time.monotonic()
             with pytest.raises(OSError) as caught:
@@ -648,5 +678,12 @@ class TestEnd:
                 app.close()
                 assert peer.recv(100) == b""
                 peer.close()
+                bed.server = bed.start()  # its socket files and rules lie there still
+                with tcp(bed.proxy()) as again:
+                    again.connect(listening.getsockname())
+                    peer, _ = listening.accept()
+                    again.sendall(b"new life")
+                    assert peer.recv(100) == b"new life"
+                    peer.close()
         finally:
             bed.close()

@@ -159,7 +159,11 @@ def test_half_close_leaves_the_other_direction_open() -> None:
 
 def test_slow_reader_with_a_small_ring_loses_nothing() -> None:
     sim = Sim(4, capture=False)
-    a, b = sim.pair(options={"max_gso_bytes": 65_483, "sndbuf": 1 << 20, "rcvbuf": 1 << 20}, options_b={"slots": 8, "rcvbuf": 1 << 20}, gso=True)
+    a, b = sim.pair(
+        options={"max_gso_bytes": 65_483, "sndbuf": 1 << 20, "rcvbuf": 1 << 20},
+        options_b={"slots": 8, "rcvbuf": 1 << 20},
+        gso=True,
+    )
     b.listen()
     a.connect()
     data = random.Random(1).randbytes(3_000_000)

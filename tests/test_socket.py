@@ -9,6 +9,8 @@ import time
 import pytest
 from sockethosts import A, B, listening, read_all, running
 
+from ulnet.kernelshim.fault import FaultLink
+from ulnet.kernelshim.memory import memory_pair
 from ulnet.stack import socket
 from ulnet.stack.embedded import Embedded
 
@@ -202,6 +204,28 @@ def test_nonblocking_send_takes_what_fits(joined: tuple[socket.socket, socket.so
     assert writable and got == total
 
 
+def test_over_a_bad_wire() -> None:
+    """Loss, duplicates, disorder and corruption below: above, the bytes are what was sent."""
+    link_a, link_b = memory_pair(features=0)
+    bad = FaultLink(link_a, 1993, loss=0.02, duplicate=0.01, reorder=0.02, corrupt=0.01, delay_ns=200_000)
+    with Embedded(bad, "10.0.0.1/24") as a, Embedded(link_b, "10.0.0.2/24") as b:
+        with listening(b) as listener:
+            client = socket.create_connection(listener.getsockname(), 20, host=a)
+            server, _ = listener.accept()
+        server.settimeout(20)
+        data = random.Random(10).randbytes(400_000)
+
+        def answer() -> None:
+            server.sendall(read_all(server)[::-1])
+            server.close()
+
+        with running(answer), client:
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == data[::-1]
+            assert client.session is not None and client.session.stat()["retransmits"] > 0
+
+
 # -- recv_buffer -------------------------------------------------------------------------------
 
 
@@ -218,6 +242,7 @@ def test_recv_buffer(joined: tuple[socket.socket, socket.socket]) -> None:
             got += view
             view.release()
     assert got == data
+    assert server.host.engine.counters()["buf_lent"] == 0
     with pytest.raises(ValueError, match="released"):
         len(buffer)
     with pytest.raises(ValueError, match="released"):
@@ -247,6 +272,7 @@ def test_buffers_outlive_their_socket(hosts: tuple[Embedded, Embedded]) -> None:
     held = []
     while sum(map(len, held)) < len(data):
         held.append(server.recv_buffer())
+    assert hosts[1].engine.counters()["buf_lent"] == len(held)
     client.close()
     server.close()
     assert b"".join(held) == data  # type: ignore[arg-type]

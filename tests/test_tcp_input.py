@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 
@@ -350,18 +351,23 @@ def test_packet_too_big_resends_in_smaller_pieces() -> None:
 def test_hostile_segments_never_break_the_books(seed: int) -> None:
     rng = random.Random(seed)
     sim = Sim(seed, capture=False)
-    e = sim.endpoint("a", iss=rng.choice([0, ISS, 2**32 - 5]), rcvbuf=rng.choice([2048, 65536]), slots=rng.choice([0, 8]))
+    e = sim.endpoint(
+        "a", iss=rng.choice([0, ISS, 2**32 - 5]), rcvbuf=rng.choice([2048, 65536]), slots=rng.choice([0, 8])
+    )
     if rng.random() < 0.5:
         e.listen()
     else:
         e.connect()
     for _ in range(800):
         n = e.numbers
-        near = rng.choice([n["rcv_nxt"], n["snd_una"], n["snd_max"], n["irs"], n["rcv_nxt"] + n["rcv_wnd"], rng.getrandbits(32)])
+        near = rng.choice(
+            [n["rcv_nxt"], n["snd_una"], n["snd_max"], n["irs"], n["rcv_nxt"] + n["rcv_wnd"], rng.getrandbits(32)]
+        )
         e.inject(
             "".join(c for c in "SFRPA" if rng.random() < {"S": 0.1, "F": 0.05, "R": 0.03, "P": 0.5, "A": 0.9}[c]),
             seq=near + rng.randrange(-3, 4),
-            ack=rng.choice([n["snd_una"], n["snd_max"], n["iss"] + 1, rng.getrandbits(32)]) + rng.choice([0, 0, 0, 1, -1]),
+            ack=rng.choice([n["snd_una"], n["snd_max"], n["iss"] + 1, rng.getrandbits(32)])
+            + rng.choice([0, 0, 0, 1, -1]),
             payload=bytes(rng.choice([0, 0, 1, 100, 1460, 5000])),
             wnd=rng.choice([0, 1, 1000, 65535]),
             wscale=rng.choice([255, 0, 7, 14, 200]),
@@ -369,10 +375,10 @@ def test_hostile_segments_never_break_the_books(seed: int) -> None:
             ts=rng.choice([None, (rng.getrandbits(32), 0)]),
         )
         if rng.random() < 0.2:
-            try:
-                rng.choice([lambda: e.write(bytes(3000)), lambda: e.read(500), lambda: e.shutdown(), lambda: e.migrate()])()
-            except OSError:
-                pass
+            with contextlib.suppress(OSError):
+                rng.choice(
+                    [lambda: e.write(bytes(3000)), lambda: e.read(500), lambda: e.shutdown(), lambda: e.migrate()]
+                )()
         if rng.random() < 0.1:
             sim.advance(rng.choice([MS, SECOND]))
         n = e.numbers

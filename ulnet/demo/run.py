@@ -308,11 +308,20 @@ def run_embedded(reason: str) -> None:
         found(line)
 
 
+def missing_privilege() -> str | None:
+    """None when two hosts can be made, by entering a user namespace if it takes one; otherwise the reason."""
+    try:
+        if ensure_privilege():
+            console.print("Not root: everything runs in a user namespace.", highlight=False, soft_wrap=True)
+    except (PermissionError, RuntimeError) as refused:
+        return getattr(refused, "strerror", None) or str(refused)
+    return can_testbed()
+
+
 def main() -> int:
     try:
-        reason = can_testbed()
+        reason = missing_privilege()
         if reason is None:
-            ensure_privilege()
             run_two_hosts()
         else:
             run_embedded(reason)

@@ -1,0 +1,118 @@
+"""Bulk data against the kernel's TCP, each way: equal hashes, nothing sent twice, nothing dropped, memory flat.
+
+128 MiB each way; 1 GiB with ULNET_SOAK=1.
+"""
+
+from __future__ import annotations
+
+import socket as ksocket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.acceptance.beds import ADDRESS, PEER, SOAK, App, Hosts, meanwhile, open_files, rss_kib, total_retrans
+from tests.acceptance.shell import digest_of, receive_into, send_stream
+
+SIZE = 1 << 30 if SOAK else 128 << 20
+WARM_UP = 32 << 20
+GROWTH_KIB = 8 << 10  # of the application: allocator slack; a leak of one byte in a hundred would show
+
+pytestmark = pytest.mark.timeout(900 if SOAK else 120)
+
+
+def connected(hosts: Hosts, app: App) -> ksocket.socket:
+    """The application's ``s`` connects to a kernel socket."""
+    with hosts.listener() as listener:
+        app.do(f"s = socket.create_connection(('{PEER}', {listener.getsockname()[1]}), timeout=60)")
+        peer, _ = listener.accept()
+    peer.settimeout(60)
+    return peer
+
+
+def accepted(hosts: Hosts, app: App) -> ksocket.socket:
+    """A kernel socket connects to the application, which calls it ``s``."""
+    app.do("l = socket.create_server(('', 5000)); s = None")
+    peer = hosts.dial(5000)
+    peer.settimeout(60)
+    app.do("s, _ = l.accept(); s.settimeout(60); l.close()")
+    return peer
+
+
+def expect_clean(hosts: Hosts, app: App, peer: ksocket.socket, *, sent: int = 0, received: int = 0) -> None:
+    stat = app.value("s.session.stat()")
+    assert (stat["bytes_out"], stat["bytes_in"]) == (sent, received)
+    assert stat["retransmits"] == 0
+    assert total_retrans(peer) == 0
+    (row,) = (r for r in hosts.sessions() if r["proto"] == "tcp" and r["owner"] and r["owner"]["pid"] == app.pid)
+    assert row["local"].startswith(ADDRESS) and row["state"] == "ESTABLISHED"
+    # The page the server reads may be some moments old, but not for ever.
+    assert row["retransmits"] == 0 and row["bytes_out"] + row["bytes_in"] > 0
+    counters = app.value("host.engine.counters()")
+    for name in ("link_rx_drops", "link_tx_errors", "link_rx_truncated", "buf_nomem"):
+        assert counters[name] == 0, (name, counters)
+
+
+def moves(hosts: Hosts, how: str, join: Callable[[Hosts, App], ksocket.socket]) -> None:
+    app = hosts.app()
+    assert "capabilities 0x0" in app.who
+    peer = join(hosts, app)
+    total, speed = 0, 0.0
+    before = (0, 0)
+    for size in (WARM_UP, SIZE):
+        if total:
+            before = (rss_kib(app.pid), open_files(app.pid))
+        start = time.monotonic()
+        if how == "sendall":
+            with meanwhile(receive_into, peer, size) as result:
+                app.do(f"send_stream(s, {size}, 1)")
+        else:
+            with meanwhile(send_stream, peer, size, 1):
+                result: list[Any] = [app.value(f"{how}(s, {size})")]
+        speed = size / (time.monotonic() - start) / (1 << 20)
+        assert result == [digest_of(size, 1)]
+        total += size
+    after = (rss_kib(app.pid), open_files(app.pid))
+    print(
+        f"\n{how}: {SIZE >> 20} MiB at {speed:.0f} MiB/s; memory {before[0]} to {after[0]} KiB,"
+        f" descriptors {before[1]} to {after[1]}"
+    )
+    expect_clean(hosts, app, peer, **{"sent" if how == "sendall" else "received": total})
+    assert after[0] - before[0] < GROWTH_KIB, "memory is not flat"
+    assert after[1] <= before[1]
+    peer.close()
+    app.do("s.close()")
+    assert app.end() == 0
+
+
+def test_sendall(hosts: Hosts) -> None:
+    moves(hosts, "sendall", connected)
+
+
+def test_recv_into(hosts: Hosts) -> None:
+    moves(hosts, "receive_into", connected)
+
+
+def test_recv_buffer(hosts: Hosts) -> None:
+    moves(hosts, "receive_buffers", connected)
+
+
+def test_sendall_from_an_accepted_session(hosts: Hosts) -> None:
+    moves(hosts, "sendall", accepted)
+
+
+def test_both_ways_at_once(hosts: Hosts) -> None:
+    app = hosts.app()
+    peer = accepted(hosts, app)
+    size = SIZE // 4
+    app.do("import threading")
+    with meanwhile(send_stream, peer, size, 2), meanwhile(receive_into, peer, size) as back:
+        app.do(
+            f"sender = threading.Thread(target=send_stream, args=(s, {size}, 3)); sender.start()\n"
+            f"got = receive_into(s, {size}); sender.join()"
+        )
+    assert app.value("got") == digest_of(size, 2)
+    assert back == [digest_of(size, 3)]
+    expect_clean(hosts, app, peer, sent=size, received=size)
+    peer.close()

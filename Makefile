@@ -1,14 +1,15 @@
 # Each target builds what it needs: a virtual environment in .venv with the package in it, compiled in place.
 #   make demo    the main job on real traffic, on two test hosts made for it
 #   make test    the tests
-#   make bench   the benchmark suite (needs quiet processors)
+#   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
+#   make counts  exact counts of system calls, frames and copies on the hot path
 #   make lint    ruff, mypy, performance hints of the Cython build
 
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard kernelshim/*.p[yx]* stack/*.p[yx]* kernelshim/*.h stack/*.h) setup.py pyproject.toml
 
-.PHONY: demo test bench lint dist clean
+.PHONY: demo test bench history counts lint dist clean
 demo: .stamp-build
 	@$(BIN)/python -m ulnet demo
 
@@ -17,6 +18,12 @@ test: .stamp-build
 
 bench: .stamp-build
 	$(BIN)/python -m pytest -q bench --benchmark-autosave
+
+history: .stamp-venv
+	@$(BIN)/python bench/history.py
+
+counts: .stamp-build
+	$(BIN)/python -m ci.counts
 
 lint: .stamp-build
 	$(BIN)/ruff check .

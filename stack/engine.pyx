@@ -446,6 +446,12 @@ cdef class Engine:
         with nogil:
             engine_lock(e)
             emit_refusal(e, &flow, &out)
+            # The application may have sent more than it could tell of before it died, and the peer then ignores the
+            # RST (RFC 5961 3.2). To an old segment it answers with an ACK of where it stands (RFC 9293 3.10.7.4), and
+            # the refusal of that ACK resets it. A peer that obeyed refuses this segment; its RST is dropped here.
+            out.seq = snd_nxt - 1
+            out.flags = TCP_ACK
+            emit_refusal(e, &flow, &out)
             engine_unlock(e)
 
     # ------------------------------------------------------------ hand-over

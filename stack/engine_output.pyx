@@ -16,7 +16,7 @@ from ulnet.stack.engine_wait cimport helper_wake
 from ulnet.stack.ip_reass cimport ip_reass_expired
 from ulnet.stack.metastate cimport meta_generation, meta_resolve
 from ulnet.stack.neighbour cimport neigh_ask
-from ulnet.stack.tcp cimport TCP_OUT_IOV, tcp_out
+from ulnet.stack.tcp cimport TCP_OUT_IOV, TCP_RST, tcp_out
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_key, ul_addr
 from ulnet.stack.wire cimport (
     ETH_HEADER_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, IPV4_HEADER_BYTES, arp_emit, arp_pkt, eth_emit, icmp_emit,
@@ -120,7 +120,8 @@ cdef int emit_refusal(engine *e, const flow_key *flow, const tcp_out *out) noexc
     cdef int rc = resolve(e, &flow.raddr, mac, &mtu)
     if rc == 0:
         rc = send_tcp(e, flow, mac, out, 64, 0)
-        e.tcp.resets_out += 1
+        if out.flags & TCP_RST:
+            e.tcp.resets_out += 1
     return rc
 
 

@@ -364,6 +364,8 @@ def test_no_privilege_is_said() -> None:
             print(error)
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    if "Invalid argument" in done.stderr:
+        pytest.skip("this user namespace has one user only")
     assert "CAP_NET_ADMIN" in done.stdout, done.stderr
 
 

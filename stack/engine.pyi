@@ -81,7 +81,7 @@ class Engine:
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
         """Library: a listener whose connections arrive by deliver()."""
     def fail(self, session: Session, error: int) -> None:
-        """Library: it failed or ended elsewhere, with this errno; waiters wake up. TCP ends as by a RST, without one."""
+        """Library: it failed or ended elsewhere, with this errno; waiters wake up. TCP ends as by a RST."""
     def inject(self, frame: bytes) -> None:
         """Process a stray as on_strays gave it to its former holder (4 bytes of flags and segment size, then the frame)."""
     def adopt_foreign(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None:

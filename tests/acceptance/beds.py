@@ -1,4 +1,4 @@
-"""Served hosts with unprivileged programs on them, and what can be measured from outside: memory, descriptors, TCP_INFO."""
+"""Served hosts with unprivileged programs on them, and what is measured from outside: memory, descriptors, TCP_INFO."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ own flows, whatever it does to the socket.
 from __future__ import annotations
 
 import socket as ksocket
-import struct
 import time
 from collections.abc import Iterator
 
@@ -58,7 +57,7 @@ class Tap:
         with hosts.b:
             self.sock = ksocket.socket(ksocket.AF_PACKET, ksocket.SOCK_RAW, ksocket.htons(3))
         self.sock.bind((hosts.b.interface.name, 3))
-        self.sock.settimeout(0.3)
+        self.sock.settimeout(0.1)  # frames are there when the send has returned
         self.sender = hosts.a.mac
 
     def marked(self, mark: bytes) -> int:
@@ -186,12 +185,12 @@ program = struct.pack('HP', 1, ctypes.addressof(accept_all))
     assert rogue.value("option(263, 5, struct.pack('4I', 4096, 4, 2048, 8))") != 0  # PACKET_RX_RING
     assert rogue.value("option(263, 5, bytes(16))") != 0
     rogue.do(
-        f"refusals = []\n"
-        f"for kind in (3, 2):\n"
-        f"    try: ksocket.socket(17, kind, 0)\n"
-        f"    except OSError as e: refusals.append(e.errno)\n"
-        f"try: ksocket.socket(2, 3, 17)\n"
-        f"except OSError as e: refusals.append(e.errno)\n"
+        "refusals = []\n"
+        "for kind in (3, 2):\n"
+        "    try: ksocket.socket(17, kind, 0)\n"
+        "    except OSError as e: refusals.append(e.errno)\n"
+        "try: ksocket.socket(2, 3, 17)\n"
+        "except OSError as e: refusals.append(e.errno)\n"
     )
     assert rogue.value("refusals") == [EPERM] * 3
 
@@ -235,7 +234,7 @@ with contextlib.suppress(OSError): raw.bind(('eth0', 3))
 
 
 def test_after_its_sessions_end_it_may_send_no_more(hosts: Hosts, rogue: App, tap: Tap) -> None:
-    rogue.do("late = frame('%s', b'late frame'); u.close()" % mac(hosts))
+    rogue.do(f"late = frame('{mac(hosts)}', b'late frame'); u.close()")
     wait_for(lambda: hosts.tables()["guarded"] == 0, "the endpoint taken back")
     tap.marked(b"")
     assert rogue.value("attempt(late)") == ENOBUFS

@@ -14,6 +14,7 @@ import socket as ksocket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ from ulnet.stack import socket
 from ulnet.stack.embedded import Embedded
 
 STALL_S = 60.0  # a transfer that ends at all ends in a few seconds, some retransmission time-outs included
-FAULTS = {
+FAULTS: dict[str, dict[str, Any]] = {
     "loss": {"loss": 0.01},
     "heavy loss": {"loss": 0.05},
     "reordering": {"reorder": 0.05},

@@ -222,7 +222,7 @@ def test_applications_come_and_go(hosts: Hosts) -> None:
     with hosts.listener() as listener:
         port = listener.getsockname()[1]
         files: list[int] = []
-        for number in range(8 if SOAK else 4):
+        for number in range(8 if SOAK else 3):
             app = hosts.app()
             app.do(f"s = socket.create_connection(('{PEER}', {port}), timeout=30)")
             app.do("u = udp_socket(); l = socket.create_server(('', 0))")

@@ -105,8 +105,8 @@ def test_refused(hosts: Hosts, who: str) -> None:
     app: App = hosts.app()
     port = 1 if who == "itself" else 2
     app.do(
-        "try: socket.create_connection(('%s', %d), timeout=10); result = None\n"
-        "except OSError as e: result = e.errno" % (ADDRESS, port)
+        f"try: socket.create_connection(('{ADDRESS}', {port}), timeout=10); result = None\n"
+        "except OSError as e: result = e.errno"
     )
     assert app.value("result == errno.ECONNREFUSED")
     app.do(

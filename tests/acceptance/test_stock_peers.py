@@ -1,4 +1,4 @@
-"""Stock programs on host b's kernel against a program on ulnet: curl, nginx, redis, and the standard library's clients."""
+"""Stock programs on host b's kernel against a program on ulnet: curl, nginx, redis, the standard library's servers."""
 
 from __future__ import annotations
 

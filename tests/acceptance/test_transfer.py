@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket as ksocket
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -88,11 +87,12 @@ def move(hosts: Hosts, app: App, how: str, join: Callable[[Hosts, App], ksocket.
             before = (rss_kib(app.pid), open_files(app.pid))
         start = time.monotonic()
         if how == "sendall":
-            with meanwhile(receive_into, peer, size) as result:
+            with meanwhile(receive_into, peer, size) as got:
                 app.do(f"send_stream(s, {size}, 1)")
+            result = got
         else:
             with meanwhile(send_stream, peer, size, 1):
-                result: list[Any] = [app.value(f"{how}(s, {size})")]
+                result = [app.value(f"{how}(s, {size})")]
         speed = size / (time.monotonic() - start) / (1 << 20)
         assert result == [digest_of(size, 1)]
         total += size

@@ -51,6 +51,12 @@ cdef inline uint32_t clamp(uint32_t v, uint32_t low, uint32_t high) noexcept nog
     return v if v < high else high
 
 
+cdef inline void bound_by_ring(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
+    """Until frames show how large they come, expect the smallest: a window once announced cannot be taken back."""
+    if env.bufs.link != NULL:
+        pcb.rcv_limit_bytes = tcp_ring_limit(env.bufs.link.slots, pcb.our_mss)
+
+
 cdef tcp_pcb *tcp_new(tcp_env *env, const tcp_config *cfg, void *owner) noexcept nogil:
     cdef tcp_pcb *pcb = <tcp_pcb *>calloc(1, sizeof(tcp_pcb))
     cdef int i
@@ -67,9 +73,7 @@ cdef tcp_pcb *tcp_new(tcp_env *env, const tcp_config *cfg, void *owner) noexcept
     pcb.rcvbuf_bytes = clamp(cfg.rcvbuf_bytes, BUFFER_MIN_BYTES, BUFFER_MAX_BYTES)
     while pcb.rcv_wscale < 14 and <uint32_t>0xFFFF << pcb.rcv_wscale < pcb.rcvbuf_bytes:
         pcb.rcv_wscale += 1
-    if env.bufs != NULL and env.bufs.link != NULL:
-        # Until frames show how large they come: a window once announced cannot be taken back.
-        pcb.rcv_limit_bytes = tcp_ring_limit(env.bufs.link.slots, pcb.our_mss)
+    bound_by_ring(env, pcb)
     pcb.ts_offset = cfg.ts_offset
     pcb.flags = TF_TS | TF_WSCALE
     if cfg.nodelay:
@@ -496,6 +500,7 @@ cdef tcp_pcb *tcp_import(tcp_env *env, const uint8_t *data, size_t n, void *owne
         return NULL
     pcb.owner = owner
     err[0] = tcp_thaw(env, pcb, data, n)
+    bound_by_ring(env, pcb)
     if err[0] < 0:
         tcp_free(env, pcb)
         return NULL

@@ -83,7 +83,7 @@ class Engine:
     def fail(self, session: Session, error: int) -> None:
         """Library: it failed or ended elsewhere, with this errno; waiters wake up. TCP ends as by a RST."""
     def inject(self, frame: bytes) -> None:
-        """Process a stray as on_strays gave it to its former holder (4 bytes of flags and segment size, then the frame)."""
+        """Process a stray as on_strays gave it: 4 bytes of flags and segment size, then the frame."""
     def adopt_foreign(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None:
         """Server: a flow handed out earlier (restart)."""
     def interrupt(self) -> None:

@@ -237,7 +237,7 @@ def _train(sock: Any, command: dict[str, Any]) -> dict[str, Any]:
     first = last = 0
     while True:
         n = _take(sock, buffer)
-        if n == 3 and buffer[:3] == b"end":
+        if n == 3 and bytes(buffer[:3]) == b"end":
             break
         received += 1
         last = time.perf_counter_ns()

@@ -2,11 +2,12 @@
 #   make demo    the main job on real traffic, on two test hosts made for it
 #   make test    the tests
 #   make bench   the benchmark suite (needs quiet processors)
-#   make lint    ruff, mypy, performance hints of the Cython build
+#   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
+#   make dist    sdist and wheel in dist/, the wheel tried in a fresh environment
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard kernelshim/*.p[yx]* stack/*.p[yx]* kernelshim/*.h stack/*.h) setup.py pyproject.toml
+SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml
 
 .PHONY: demo test bench lint dist clean
 demo: .stamp-build
@@ -25,7 +26,7 @@ lint: .stamp-build
 	$(BIN)/python ci/hints.py
 
 dist: .stamp-venv
-	$(BIN)/python ci/dist.py
+	PYTHONPATH=. $(BIN)/python ci/dist.py
 
 .stamp-venv: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,10 +37,10 @@ dist: .stamp-venv
 	touch $@
 
 .stamp-build: .stamp-venv $(SOURCES)
-	@echo "building (some minutes)"
+	@echo "building (a minute or two)"
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 clean:
 	rm -rf .venv .stamp-* build dist *.egg-info
-	find kernelshim stack -name '*.so' -delete -o -name '*.c' -delete
+	find ulnet/kernelshim/ ulnet/stack/ -name '*.so' -delete -o -name '*.c' -delete

@@ -3,11 +3,12 @@
 #   make test    the tests
 #   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
 #   make counts  exact counts of system calls, frames and copies on the hot path
-#   make lint    ruff, mypy, performance hints of the Cython build
+#   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
+#   make dist    sdist and wheel in dist/, the wheel tried in a fresh environment
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard kernelshim/*.p[yx]* stack/*.p[yx]* kernelshim/*.h stack/*.h) setup.py pyproject.toml
+SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml
 
 .PHONY: demo test bench history counts lint dist clean
 demo: .stamp-build
@@ -32,7 +33,7 @@ lint: .stamp-build
 	$(BIN)/python ci/hints.py
 
 dist: .stamp-venv
-	$(BIN)/python ci/dist.py
+	PYTHONPATH=. $(BIN)/python ci/dist.py
 
 .stamp-venv: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -43,10 +44,10 @@ dist: .stamp-venv
 	touch $@
 
 .stamp-build: .stamp-venv $(SOURCES)
-	@echo "building (some minutes)"
+	@echo "building (a minute or two)"
 	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 clean:
 	rm -rf .venv .stamp-* build dist *.egg-info
-	find kernelshim stack -name '*.so' -delete -o -name '*.c' -delete
+	find ulnet/kernelshim/ ulnet/stack/ -name '*.so' -delete -o -name '*.c' -delete

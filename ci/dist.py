@@ -1,4 +1,4 @@
-"""Build sdist, then the wheel from the sdist, and check that the wheel holds every compiled module.
+"""Build the sdist and, from it, the wheel, into dist/; check what they hold and use the wheel in a fresh environment.
 
 A wheel without compiled modules builds without an error when the sources are missing from the sdist.
 """
@@ -7,40 +7,107 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
 from pathlib import Path
 
+import ulnet
+
+OUT = Path("dist")
+# A user's program, run where the repository cannot be seen.
+ECHO = """
+import threading
+from ulnet.stack import embedded, socket
+a, b = embedded.pair()
+with a, b, socket.create_server(("", 7), host=b) as listener:
+    def echo():
+        sock, _ = listener.accept()
+        with sock:
+            while data := sock.recv(65536):
+                sock.sendall(data)
+    thread = threading.Thread(target=echo)
+    thread.start()
+    with socket.create_connection((b.engine.meta.addr, 7), timeout=10, host=a) as sock:
+        sock.sendall(bytes(100_000) + b"end")
+        got = b""
+        while not got.endswith(b"end"):
+            got += sock.recv(65536)
+        assert got == bytes(100_000) + b"end"
+    thread.join()
+import ulnet.netserver.server, ulnet.demo.run
+print("dist: 100,003 bytes echoed between two embedded stacks")
+"""
+
+
+def wanted(*suffixes: str) -> set[str]:
+    """Files of the package in the repository, by their names in it."""
+    folders = ("ulnet", "ulnet/demo", "ulnet/kernelshim", "ulnet/ipc", "ulnet/stack", "ulnet/netserver")
+    return {str(path) for folder in folders for path in Path(folder).iterdir() if path.name.endswith(suffixes)}
+
+
+def lacks(archive: str, needed: set[str], names: set[str]) -> bool:
+    """Say what is not there."""
+    missing = sorted(needed - names)
+    if missing:
+        print(f"dist: {archive} lacks {', '.join(missing)}", file=sys.stderr)
+    return bool(missing)
+
+
+def check_sdist(sdist: Path) -> bool:
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    names = {member.name.partition("/")[2] for member in members}
+    links = [member.name for member in members if not (member.isreg() or member.isdir())]
+    if links:
+        print(f"dist: {sdist.name} holds links, which some unpackers spoil: {', '.join(links)}", file=sys.stderr)
+    needed = wanted(".py", ".pyx", ".pxd", ".pyi", ".h", "py.typed") | {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    return not lacks(sdist.name, needed, names) and not links
+
+
+def check_wheel(wheel: Path) -> bool:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    # ulnet/stack/x.cpython-311-x86_64-linux-gnu.so -> ulnet/stack/x.pyx
+    names |= {name.partition(".")[0] + ".pyx" for name in names if name.endswith(".so")}
+    return not lacks(wheel.name, wanted(".py", ".pyx", ".pxd", ".pyi", ".h", "py.typed"), names)
+
+
+def use_wheel(wheel: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        subprocess.run([python, "-m", "pip", "install", "-q", wheel.resolve()], check=True)
+        subprocess.run([python, "-I", "-c", ECHO], check=True, cwd=folder, timeout=60)
+        said = subprocess.run(
+            [python.with_name("ulnet"), "--version"], check=True, cwd=folder, capture_output=True, text=True
+        ).stdout
+        print(f"dist: ulnet --version says {said.strip()}")
+        if said != f"ulnet {ulnet.__version__}\n":
+            raise SystemExit("dist: that is not the version of the source")
+
 
 def main() -> int:
-    wanted = {path.stem for path in Path("ulnet").glob("*/*.pyx")}
-    with tempfile.TemporaryDirectory() as folder:
-        # Without --wheel or --sdist, build makes the wheel from the sdist it has just made.
-        subprocess.run([sys.executable, "-m", "build", "--outdir", folder], check=True, stdout=subprocess.DEVNULL)
-        (wheel,) = Path(folder).glob("*.whl")
-        names = zipfile.ZipFile(wheel).namelist()
-        compiled = {name.split("/")[-1].split(".")[0] for name in names if name.endswith(".so")}
-        missing = wanted - compiled
-        if missing:
-            print(f"dist: {wheel.name} lacks {sorted(missing)}", file=sys.stderr)
-            return 1
-        for needed in ("ulnet/py.typed", "ulnet/stack/engine.pyi", "ulnet/stack/engine.pxd"):
-            if needed not in names:
-                print(f"dist: {wheel.name} lacks {needed}", file=sys.stderr)
-                return 1
-        environment = Path(folder) / "venv"
-        venv.create(environment, with_pip=True)
-        python = environment / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True)
-        subprocess.run(
-            [python, "-c", "import ulnet.stack.socket, ulnet.netserver.server; print('dist: imports from the wheel')"],
-            check=True,
-            cwd=folder,
-        )
-        print(f"dist: {wheel.name} holds {len(compiled)} compiled modules")
+    stem = f"ulnet-{ulnet.__version__}"
+    for old in [*OUT.glob(f"{stem}-*.whl"), *OUT.glob(f"{stem}.tar.gz")]:
+        old.unlink()
+    # Without --wheel or --sdist, build makes the wheel from the sdist it has just made.
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", OUT], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        print("dist: the build failed, see above", file=sys.stderr)
+        return 1
+    (sdist,) = OUT.glob(f"{stem}.tar.gz")
+    (wheel,) = OUT.glob(f"{stem}-*.whl")
+    if not check_sdist(sdist) or not check_wheel(wheel):
+        return 1
+    use_wheel(wheel)
+    print(f"dist: {sdist} and {wheel} are good")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

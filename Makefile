@@ -1,7 +1,8 @@
 # Each target builds what it needs: a virtual environment in .venv with the package in it, compiled in place.
 #   make demo    the main job on real traffic, on two test hosts made for it
 #   make test    the tests
-#   make bench   the benchmark suite (needs quiet processors)
+#   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
+#   make counts  exact counts of system calls, frames and copies on the hot path
 #   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
 #   make dist    sdist and wheel in dist/, the wheel tried in a fresh environment
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml
 
-.PHONY: demo test bench lint dist clean
+.PHONY: demo test bench history counts lint dist clean
 demo: .stamp-build
 	@$(BIN)/python -m ulnet demo
 
@@ -19,10 +20,17 @@ test: .stamp-build
 bench: .stamp-build
 	$(BIN)/python -m pytest -q bench --benchmark-autosave
 
+history: .stamp-venv
+	@$(BIN)/python bench/history.py
+
+counts: .stamp-build
+	$(BIN)/python -m ci.counts
+
 lint: .stamp-build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python ci/stubs.py
 	$(BIN)/python ci/hints.py
 
 dist: .stamp-venv

@@ -1,4 +1,4 @@
-"""Fixtures of the benchmark suite: two served hosts with a measuring process each, and a clock for what they measure."""
+"""Fixtures of the benchmarks: two served hosts with a measuring process each, and a clock for what they measure."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Ends:
             ours.append(seen[-1][figure] * scale)
             Measured.turn(ours[-1])
 
-        benchmark.pedantic(our_turn, setup=kernel_turn, rounds=rounds)
+        benchmark.pedantic(our_turn, setup=kernel_turn, rounds=rounds)  # type: ignore[no-untyped-call]
         # A slow moment of the machine hits both turns of a round: so the median of ratios, not the ratio of medians.
         benchmark.extra_info["kernel_s"] = statistics.median(kernel)
         benchmark.extra_info["ratio_to_kernel"] = round(

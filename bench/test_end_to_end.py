@@ -37,7 +37,9 @@ def test_bulk(benchmark: BenchmarkFixture, ends: Ends, interface: str) -> None:
 def test_connection(benchmark: BenchmarkFixture, ends: Ends, interface: str) -> None:
     """Connect, exchange one byte each way, close."""
     benchmark.group = "connection tcp"
-    ends.compare(benchmark, API[interface], {"op": "connect", "proto": "tcp", "count": 30}, "us", rounds=3, per_second=1)
+    ends.compare(
+        benchmark, API[interface], {"op": "connect", "proto": "tcp", "count": 30}, "us", rounds=3, per_second=1
+    )
 
 
 @pytest.mark.parametrize("interface", API)
@@ -45,5 +47,5 @@ def test_connection(benchmark: BenchmarkFixture, ends: Ends, interface: str) -> 
 def test_datagram_train(benchmark: BenchmarkFixture, ends: Ends, interface: str, size: int) -> None:
     """Datagrams as fast as they go, one send and one receive call each; time for each that arrived."""
     benchmark.group = f"train udp {size} B"
-    command = {"op": "train", "proto": "udp", "size": size, "count": 20_000}
+    command = {"op": "train", "proto": "udp", "size": size, "count": 20_000, "spin": interface == "ipf"}
     ends.compare(benchmark, API[interface], command, "us", rounds=ROUNDS, per_second=1)

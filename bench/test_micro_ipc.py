@@ -25,7 +25,7 @@ while True:
 """
 
 
-def test_frame(benchmark: BenchmarkFixture) -> None:
+def test_message_frame(benchmark: BenchmarkFixture) -> None:
     """The header of a message, there and back."""
     benchmark.group = "message, encode and decode"
     fields = (wire.Op.DELIVER, 0, 0, 0, 7, 3, 4, 9300, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6)

@@ -71,8 +71,13 @@ def test_super_segment(benchmark: BenchmarkFixture, kind: str) -> None:
     """65,160 bytes of TCP in one frame, cut by nobody."""
     benchmark.group = "frame, super-segment"
     with links(kind) as (here, there):
-        macs = {"eth_src": here.mac.hex(":"), "eth_dst": there.mac.hex(":")}
-        frame = build_tcp(A, B, 5000, 7, "P.", seq=1, ack=1, payload=bytes(65_160), partial=True, **macs)
+        frame = build_tcp(
+            *(A, B, 5000, 7, "P."),
+            payload=bytes(65_160),
+            partial=True,
+            eth_src=here.mac.hex(":"),
+            eth_dst=there.mac.hex(":"),
+        )
 
         def through() -> int:
             here.send_frame(frame, FRAME_CSUM_PARTIAL | FRAME_GSO_TCP4, 1448, 54, 34, 16)

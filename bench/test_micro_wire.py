@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -15,7 +16,7 @@ REPEATS = 200  # inside C, so that no calls are measured
 
 @pytest.mark.parametrize("name", ["fast", "portable", "naive"])
 @pytest.mark.parametrize("size", [1460, 65536])
-def test_checksum(benchmark: BenchmarkFixture, name: str, size: int) -> None:
+def test_checksum(benchmark: BenchmarkFixture, name: Literal["fast", "portable", "naive"], size: int) -> None:
     benchmark.group = f"checksum {size} B, {REPEATS} times"
     data = os.urandom(size)
     assert checksum.repeat(name, data, 3) == checksum.repeat("naive", data, 3)

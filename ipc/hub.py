@@ -544,8 +544,6 @@ def _same_peer(frame: Any, sender: Sender) -> bool:
         return True  # a libzmq built without peer credentials: the token alone decides
 
 
-
-
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
 
 

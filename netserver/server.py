@@ -217,6 +217,7 @@ class NetServer:
         held = sum(len(app.sessions) for app in self.calls.applications.values())
         if held:
             log.info("resetting %d sessions that applications hold", held)
+        self.meta.end()
         self.calls.end_all()
         # What the server was finishing for others, and handshakes: their peers need not wait for time-outs either.
         for row in self.engine.sessions():

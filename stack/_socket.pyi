@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from typing_extensions import Buffer as Readable
 
-from ulnet.stack.engine import Buffer, Session
+from ulnet.stack.session import Buffer, Session
 
 def parse_address(address: object, call: str) -> tuple[str, int]: ...
 

@@ -62,6 +62,10 @@ class Engine:
         """Back to a shell after a connection attempt that failed."""
     def ask_neighbour(self, next_hop: str) -> None:
         """Ask by ARP for a neighbour; the answer shows in the metastate page. Not for libraries."""
+    def resolve_pending(self) -> None:
+        """Have ``resolver`` find the next hop that a datagram waits for."""
+    def reap(self) -> None:
+        """Let go of sent objects that were held; every call does it, so only who makes none needs this."""
     def announce(self) -> None:
         """Gratuitous ARP (RFC 5227 2.3). Not for libraries."""
     def set_backlog(self, session: Session, backlog: int) -> None: ...
@@ -81,9 +85,9 @@ class Engine:
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
         """Library: a listener whose connections arrive by deliver()."""
     def fail(self, session: Session, error: int) -> None:
-        """Library: connecting failed with this errno; waiters wake up."""
+        """Library: it failed or ended elsewhere, with this errno; waiters wake up. TCP ends as by a RST."""
     def inject(self, frame: bytes) -> None:
-        """Process a stray as on_strays gave it to its former holder (4 bytes of flags and segment size, then the frame)."""
+        """Process a stray as on_strays gave it: 4 bytes of flags and segment size, then the frame."""
     def adopt_foreign(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None:
         """Server: a flow handed out earlier (restart)."""
     def interrupt(self) -> None:

@@ -16,7 +16,7 @@ from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
     ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
-    ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_deadline, engine_free,
+    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_deadline, engine_free,
     engine_new, engine_poll, engine_settle, event_rec, frame_rec, session_close, session_end, session_insert,
     session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
 )
@@ -33,6 +33,7 @@ from ulnet.stack.readyfd cimport readyfd_free
 from ulnet.stack.session cimport Session, fail, session_wrap
 from ulnet.stack.statpage cimport StatPage, stat_take
 from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_isn, tcp_open, tcp_out, tcp_state
+from ulnet.stack.tcp_timer cimport tcp_done
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_new
 
@@ -389,7 +390,7 @@ cdef class Engine:
             if listener.closing:
                 rc = -EBADF
             elif listener.role != ROLE_LISTEN:
-                rc = -EINVAL
+                rc = listener.so_error if listener.role == ROLE_ENDED and listener.so_error else -EINVAL
             else:
                 if listener.accept_head == NULL:
                     engine_poll(e, BURST)
@@ -555,16 +556,23 @@ cdef class Engine:
         child.s = NULL
 
     def fail(self, Session session not None, int error):
-        """Connecting failed elsewhere: pending error, waiters wake."""
+        """It failed or ended elsewhere: pending error, waiters wake. A TCP session ends as by a RST."""
         cdef engine *e = self.e
         cdef ul_session *s = session.s
         with nogil:
             engine_lock(e)
-            if s.role == ROLE_SHELL:
-                session_end(e, s, -error)
+            if not s.closing and s.role != ROLE_ENDED and s.role != ROLE_FOREIGN:
+                e.now_ns = clock_now()
+                e.env.now_ns = e.now_ns
+                if s.role == ROLE_TCP:
+                    tcp_done(&e.env, s.tcp, -error)
+                else:
+                    session_end(e, s, -error)
                 session_touch(e, s)
                 engine_settle(e)
             engine_unlock(e)
+        if e.bufs.dead != NULL:
+            self.reap()
 
     def reopen(self, Session session not None):
         """Back to a shell after a connection attempt that failed (BSD lets a socket try again)."""

@@ -31,6 +31,8 @@ from ulnet.stack.udp cimport udp_free, udp_ready
 cdef enum:
     TABLE_MIN = 64
     MAX_GSO_PAYLOAD = 65160        # 45 * 1448: a multiple of the usual MSS; TCP rounds to its own
+    BURST_BYTES = 4 * 65160        # without offload its ACKs fill most of a ring
+    DRAIN_FRAMES = 256             # more than a ring holds
 
 
 cdef int64_t clock_now() noexcept nogil:
@@ -59,6 +61,7 @@ cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint
     e.env.emit = emit_tcp
     e.env.counters = &e.tcp
     e.env.max_gso_bytes = MAX_GSO_PAYLOAD if link.features & UL_LINK_TSO else 0
+    e.env.burst_bytes = BURST_BYTES
     e.nenv.ctx = e
     e.nenv.emit = emit_arp
     e.reass = ip_reass_new()
@@ -495,15 +498,41 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
         waiters_wake(e, s, ready)
 
 
+cdef int engine_drain(engine *e, int budget) noexcept nogil:
+    """Process up to budget waiting frames, without settling."""
+    cdef ul_rx frame
+    cdef int done = 0
+    while done < budget and e.link.recv(e.link.ctx, &frame):
+        if done == 0:
+            e.now_ns = clock_now()
+            e.env.now_ns = e.now_ns
+            e.nenv.now_ns = e.now_ns
+        done += 1
+        e.n.frames_in += 1
+        e.n.bytes_in += frame.len_bytes
+        e.bufs.last_slot = frame.slot
+        if not engine_frame(e, &frame):
+            e.link.release(e.link.ctx, frame.slot)
+    return done
+
+
 cdef void engine_settle(engine *e) noexcept nogil:
     cdef ul_session *s
+    cdef ul_session *batch
     while e.touched != NULL:
-        s = e.touched
-        e.touched = s.touched_next
-        s.touched_next = NULL
-        s.touched = 0
-        settle_one(e, s)
-        session_unref(e, s)
+        batch = e.touched
+        e.touched = NULL
+        while batch != NULL:
+            s = batch
+            batch = s.touched_next
+            s.touched_next = NULL
+            s.touched = 0
+            settle_one(e, s)
+            if s.role == ROLE_TCP and tcp_wants_output(s.tcp):
+                session_touch(e, s)        # its burst is used up: let the answers in first
+            session_unref(e, s)
+        if e.touched != NULL:
+            engine_drain(e, DRAIN_FRAMES)
     if e.bufs.held:
         bufpool_relieve(&e.bufs)
     if e.sleep_until_ns and e.heap_len and e.heap[1].deadline_ns < e.sleep_until_ns:
@@ -571,19 +600,7 @@ cdef int64_t engine_deadline(engine *e) noexcept nogil:
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil:
     """Process up to budget waiting frames and every due timer, then settle. Returns the frames processed."""
-    cdef ul_rx frame
-    cdef int done = 0
-    while done < budget and e.link.recv(e.link.ctx, &frame):
-        if done == 0:
-            e.now_ns = clock_now()
-            e.env.now_ns = e.now_ns
-            e.nenv.now_ns = e.now_ns
-        done += 1
-        e.n.frames_in += 1
-        e.n.bytes_in += frame.len_bytes
-        e.bufs.last_slot = frame.slot
-        if not engine_frame(e, &frame):
-            e.link.release(e.link.ctx, frame.slot)
+    cdef int done = engine_drain(e, budget)
     if done == 0:
         e.now_ns = clock_now()
         e.env.now_ns = e.now_ns

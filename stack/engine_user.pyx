@@ -13,7 +13,7 @@ from ulnet.stack.engine_core cimport (
 from ulnet.stack.engine_output cimport emit_udp
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
 from ulnet.stack.tcp cimport tcp_read, tcp_read_seg, tcp_shutdown, tcp_wants_output, tcp_write, tcp_write_hold
-from ulnet.stack.types cimport UL_READABLE, UL_WRITABLE, addr_is_zero
+from ulnet.stack.types cimport UL_IPPROTO_UDP, UL_READABLE, UL_WRITABLE, addr_is_zero
 from ulnet.stack.udp cimport udp_read, udp_read_seg, udp_so_error
 
 cdef extern from "<poll.h>" nogil:
@@ -54,6 +54,8 @@ cdef int dead_answer(ul_session *s, bint reading) noexcept nogil:
         return -EBADF
     if s.role == ROLE_ENDED:
         error = s.so_error
+        if s.flow.proto == UL_IPPROTO_UDP and error:
+            return error                   # each time: a datagram socket has no end of file to go on with
         s.so_error = 0
         if error:
             return error

@@ -276,12 +276,12 @@ cdef int follow(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexce
 
 
 cdef int engine_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns) noexcept nogil:
+    # e->now_ns is fresh: callers have entered, or polled, a moment ago; the first poll reads the clock again.
     cdef waiter w
     cdef pthread_condattr_t attr
     cdef waiter **at
     cdef int rc
     cdef bint cond_made = False
-    e.now_ns = clock_now()
     memset(&w, 0, sizeof(w))
     w.s = s
     w.want = want

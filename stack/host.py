@@ -28,7 +28,7 @@ class Host(ABC):
     def bind(
         self, session: Session, address: str, port: int, *, reuse_address: bool = False, reuse_port: bool = False
     ) -> tuple[str, int]:
-        """Name the local endpoint (port 0: choose one). A UDP session migrates here. EADDRINUSE, EADDRNOTAVAIL, EACCES."""
+        """Name the local endpoint (port 0: choose one); UDP migrates here. EADDRINUSE, EADDRNOTAVAIL, EACCES."""
 
     @abstractmethod
     def connect(self, session: Session, address: str, port: int, timeout_ns: int) -> None:

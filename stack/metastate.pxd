@@ -54,7 +54,7 @@ ctypedef struct meta_page:
     ul_addr addr                 # ours; addr, prefix_len, mac and mtu_bytes never change
     uint8_t prefix_len           # of the 128-bit form
     uint8_t mac[6]
-    uint8_t pad
+    uint8_t ended                # the server left in good order and reset what applications held
     uint64_t evicted             # neighbours thrown out of a full table
     meta_tables tables[2]
     meta_writer writer

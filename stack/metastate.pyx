@@ -452,6 +452,15 @@ cdef class Metastate:
         """Neighbours thrown out because the table was full."""
         return self._open().evicted
 
+    @property
+    def ended(self) -> bool:
+        """The server left in good order; what applications held was reset. False when it was killed: they go on."""
+        return self._open().ended != 0
+
+    def end(self) -> None:
+        """Say so. For the server, before it leaves: a message might be overtaken by the news of its death."""
+        self._writable().ended = 1
+
     def set_route(self, dst, prefix_len, gateway=None, *, metric=0, mtu=0) -> None:
         """Add the route, or replace the one with the same ``dst``/``prefix_len`` and ``metric``.
 

@@ -417,10 +417,15 @@ class Proxy(Host):
             if self._gone or self._closed:
                 return
             self._gone = True
-            waiting = [*self._connecting.values(), *self._listeners.values()]
+            ended = [*self._connecting.values(), *self._listeners.values()]
             self._connecting.clear()
-        log.warning("the network server at %s has gone; open sessions go on, new ones need it", self.path)
-        for session in waiting:
+            # Killed, it leaves open sessions alone; in good order it reset their peers (netserver/server.py).
+            in_order = self.engine.meta.ended
+            if in_order:
+                ended += [session for session in self._sessions.values() if session.live and session not in ended]
+        what = "with it all sessions" if in_order else "open sessions go on, new ones need it"
+        log.warning("the network server at %s has gone; %s", self.path, what)
+        for session in ended:
             with contextlib.suppress(OSError):
                 self.engine.fail(session, errno.ENETDOWN)
 

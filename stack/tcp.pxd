@@ -76,6 +76,8 @@ ctypedef struct tcp_env:             # what the outside gives to every call
     int (*emit)(void *ctx, void *owner, const tcp_out *out) noexcept nogil
     tcp_counters *counters
     uint32_t max_gso_bytes           # largest payload of a super-segment; 0: one MSS at a time
+    uint32_t burst_bytes             # tcp_output() stops after so much and wants to be called again, so that
+                                     # the answers it causes can be read meanwhile; 0: no bound
 
 ctypedef struct tcp_config:          # of a new connection
     uint32_t sndbuf_bytes

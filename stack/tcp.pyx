@@ -250,17 +250,17 @@ cdef Py_ssize_t tcp_write_hold(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, 
 cdef void after_read(tcp_pcb *pcb) noexcept nogil:
     """Announce the window when it opened enough. Rarely: acknowledgements of arriving data carry it anyway.
     Surely: whenever little of it is left to the peer, so that it never waits for us in vain."""
-    cdef uint32_t space = tcp_rcv_space(pcb), left = tcp_rcv_wnd(pcb), step
+    cdef uint32_t space = tcp_rcv_space(pcb), left = tcp_rcv_wnd(pcb), step, room = tcp_rcv_room(pcb)
     if pcb.state < TCP_ESTABLISHED or pcb.state > TCP_FIN_WAIT_2:
         return
     if space > <uint32_t>0xFFFF << pcb.rcv_wscale:
         space = <uint32_t>0xFFFF << pcb.rcv_wscale
     if space <= left:
         return
-    step = 2 * <uint32_t>pcb.rcv_mss if 2 * <uint32_t>pcb.rcv_mss > pcb.rcvbuf_bytes // 8 else pcb.rcvbuf_bytes // 8
-    if step > pcb.rcvbuf_bytes // 2:
-        step = pcb.rcvbuf_bytes // 2
-    if space - left >= pcb.rcvbuf_bytes // 2 or (space - left >= step and left < pcb.rcvbuf_bytes // 4):
+    step = 2 * <uint32_t>pcb.rcv_mss if 2 * <uint32_t>pcb.rcv_mss > room // 8 else room // 8
+    if step > room // 2:
+        step = room // 2
+    if space - left >= room // 2 or (space - left >= step and left < room // 4):
         tcp_want_ack(pcb)
 
 

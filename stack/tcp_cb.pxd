@@ -105,6 +105,8 @@ ctypedef struct tcp_pcb:
     rxqueue ooo                      # ordered by sequence number, no overlaps
     uint32_t sndbuf_bytes
     uint32_t rcvbuf_bytes
+    uint32_t rcv_frame_bytes         # payload of the frames that come, lately: a ring slot takes one frame
+    uint32_t rcv_limit_bytes         # window that so many frames' slots can hold; 0: the ring sets no limit
     # algorithms
     tcp_rtt rtt
     tcp_cc cc
@@ -151,9 +153,16 @@ cdef inline uint32_t tcp_ts_now(const tcp_pcb *pcb, int64_t now_ns) noexcept nog
 cdef inline void tcp_want_ack(tcp_pcb *pcb) noexcept nogil:
     pcb.flags |= TF_ACK_NOW | TF_OUTPUT
 
+cdef inline uint32_t tcp_rcv_room(const tcp_pcb *pcb) noexcept nogil:
+    # the receive buffer, or what the ring's slots can take of it
+    if pcb.rcv_limit_bytes and pcb.rcv_limit_bytes < pcb.rcvbuf_bytes:
+        return pcb.rcv_limit_bytes
+    return pcb.rcvbuf_bytes
+
 cdef inline uint32_t tcp_rcv_space(const tcp_pcb *pcb) noexcept nogil:
-    # free receive buffer
-    return pcb.rcvbuf_bytes - <uint32_t>pcb.rcv.len_bytes if pcb.rcv.len_bytes < pcb.rcvbuf_bytes else 0
+    # what is free of it
+    cdef uint32_t room = tcp_rcv_room(pcb)
+    return room - <uint32_t>pcb.rcv.len_bytes if pcb.rcv.len_bytes < room else 0
 
 cdef inline uint32_t tcp_rcv_wnd(const tcp_pcb *pcb) noexcept nogil:
     return pcb.rcv_adv - pcb.rcv_nxt

@@ -266,6 +266,16 @@ cdef void enter_time_wait(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
 
 # ---- data and FIN ----
 
+cdef void frame_limit(tcp_pcb *pcb, uint32_t n, uint32_t slots) noexcept nogil:
+    """Bound the window by ring slots. A frame takes a whole slot, be it a super-segment or a single segment; a window
+    of single segments that fills the receive buffer would overrun the ring whenever its reader is late."""
+    if n > pcb.rcv_frame_bytes:
+        pcb.rcv_frame_bytes = n
+    else:
+        pcb.rcv_frame_bytes -= (pcb.rcv_frame_bytes - n) >> 5
+    pcb.rcv_limit_bytes = slots // 4 * 3 * (pcb.rcv_frame_bytes if pcb.rcv_frame_bytes > pcb.our_mss else pcb.our_mss)
+
+
 cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data, uint32_t n, uint32_t seq) noexcept nogil:
     """Payload within the window. False: the connection was ended."""
     cdef bint held = False
@@ -285,6 +295,8 @@ cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data,
     size = seg.gso_size_bytes if seg.gso_size_bytes else n
     if size > pcb.rcv_mss:
         pcb.rcv_mss = <uint16_t>(size if size < pcb.our_mss else pcb.our_mss)
+    if seg.frame != NULL and env.bufs.link != NULL and env.bufs.link.slots:
+        frame_limit(pcb, n, env.bufs.link.slots)
     if seq != pcb.rcv_nxt:
         env.counters.out_of_order_in += 1
         if ooo_insert(env.bufs, &pcb.ooo, data, n, seq, seg.frame, 2 * <uint64_t>pcb.rcvbuf_bytes + 65536, &held) < 0:

@@ -47,7 +47,7 @@ cdef uint32_t window_to_announce(const tcp_pcb *pcb) noexcept nogil:
     """The window field in bytes before scaling (RFC 9293 3.8.6.2.2); the right edge never moves back."""
     cdef uint32_t old = pcb.rcv_adv - pcb.rcv_nxt
     cdef uint32_t space = tcp_rcv_space(pcb)
-    cdef uint32_t step = pcb.rcvbuf_bytes // 2
+    cdef uint32_t step = tcp_rcv_room(pcb) // 2
     if step > pcb.our_mss:
         step = pcb.our_mss
     if space > <uint32_t>0xFFFF << pcb.rcv_wscale:
@@ -291,6 +291,7 @@ cdef inline bint defer_for_more(const tcp_pcb *pcb, uint32_t n, uint32_t flight,
 
 cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     cdef uint32_t end, unsent, flight, win, cwin, avail, n, tail, largest, sent
+    cdef uint32_t burst = 0
     cdef uint32_t mss = pcb.eff_mss
     cdef int flags
     cdef bint resent, probe, cwnd_limited = False
@@ -354,8 +355,12 @@ cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
                 flags = TCP_PSH
             if tcp_has_sent_fin_state(pcb):
                 flags |= TCP_FIN     # needs no window: it takes no buffer
+        if env.burst_bytes and burst >= env.burst_bytes:
+            pcb.flags |= TF_OUTPUT
+            break
         if send_data(env, pcb, pcb.snd_nxt, n, flags, &sent) < 0:
             return
+        burst += sent
         pcb.flags &= ~<uint32_t>TF_FORCE
         if sent == 0:
             break

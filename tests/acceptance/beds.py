@@ -1,4 +1,4 @@
-"""Served hosts with unprivileged programs on them, and what can be measured from outside: memory, descriptors, TCP_INFO."""
+"""Served hosts with unprivileged programs on them, and what is measured from outside: memory, descriptors, TCP_INFO."""
 
 from __future__ import annotations
 
@@ -179,6 +179,21 @@ def total_retrans(sock: ksocket.socket) -> int:
     """tcpi_total_retrans of a kernel socket: 8 bytes, then the 24th word (linux/tcp.h)."""
     info = sock.getsockopt(ksocket.IPPROTO_TCP, ksocket.TCP_INFO, 104)
     return int(struct.unpack_from("=I", info, 8 + 4 * 23)[0])
+
+
+@contextmanager
+def one_processor() -> Iterator[None]:
+    """What starts in the block runs on one processor: this thread and its children.
+
+    A veth pair queues frames on the processor that sends them. A peer that sends from its own call on one and, as an
+    acknowledgement comes in, from another, overtakes itself; its fast retransmissions are then nobody's loss.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Pair:
     def __init__(self, link_a: Link, link_b: Link) -> None:
         self.a = Embedded(link_a, f"{ADDRESS_A}/24", spin_ns=SPIN_NS, helper=False)
         self.b = Embedded(link_b, f"{ADDRESS_B}/24", spin_ns=SPIN_NS, helper=False)
+        self._asked = 0
 
     def turn(self) -> None:
         """Let both stacks take what has come."""
@@ -63,20 +64,24 @@ class Pair:
             sock.setblocking(False)
         for sock, address, other in ((socks[0], ADDRESS_B, socks[1]), (socks[1], ADDRESS_A, socks[0])):
             sock.connect((address, other.getsockname()[1]))
-        for sender, receiver in (socks, reversed(socks)):
-            self._send_first(sender)
-            self._until(lambda receiver=receiver: receiver.recv(1))
+        self._first(self.a, socks[0], socks[1])
+        self._first(self.b, socks[1], socks[0])
         for sock in socks:
             sock.settimeout(PATIENCE_S)
         return socks[0], socks[1]
 
-    def _send_first(self, sock: user.socket) -> None:
-        """A stack that asks for the way itself holds the datagram only while a call waits: ask, then send."""
-        host = self.a if sock.getsockname()[0] == ADDRESS_A else self.b
-        peer = sock.getpeername()[0]
+    def _first(self, host: Embedded, sender: user.socket, receiver: user.socket) -> None:
+        """A stack that asks for the way itself holds a datagram only while a call waits: so ask, then send."""
+        peer = sender.getpeername()[0]
         host.engine.ask_neighbour(peer)
-        self._until(lambda: host.engine.meta.resolve(peer).mac or _raise(BlockingIOError()))
-        sock.send(b"h")
+
+        def known() -> None:
+            if host.engine.meta.resolve(peer).mac is None:
+                raise BlockingIOError
+
+        self._until(known)
+        sender.send(b"h")
+        self._until(lambda: receiver.recv(1))
 
     def _until(self, ask: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + PATIENCE_S
@@ -96,20 +101,16 @@ class Pair:
 
     def _counters(self) -> dict[str, int]:
         a, b = self.a.engine.counters(), self.b.engine.counters()
-        # Reading a packet link's counters is a system call itself, which it counts: one a link since the last time.
-        for counters in (a, b):
-            if "link_syscalls" in counters:
-                asked = self._asked = getattr(self, "_asked", 0) + 1
-                counters["link_syscalls"] -= (asked + 1) // 2
-        return {name: a.get(name, 0) + b.get(name, 0) for name in a.keys() | b.keys()}
+        both = {name: a.get(name, 0) + b.get(name, 0) for name in a.keys() | b.keys()}
+        if "link_syscalls" in both:
+            # Reading a packet link's counters is a system call itself, and counted.
+            self._asked += 2
+            both["link_syscalls"] -= self._asked
+        return both
 
     def close(self) -> None:
         self.a.shutdown(0)
         self.b.shutdown(0)
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 @contextlib.contextmanager

@@ -95,7 +95,8 @@ def once(a: Worker, b: Worker, api: str, command: dict[str, Any]) -> dict[str, A
     port = b.read()["port"]
     a.write(command | {"api": api, "side": "a", "peer": b.address(api), "port": port})
     figures: dict[str, Any] = a.read()["ok"]
-    return figures | b.read()["ok"]
+    figures.update(b.read()["ok"])
+    return figures
 
 
 def compare(a: Worker, b: Worker, rows: list[Test], rounds: int, step: Callable[[], None]) -> None:

@@ -255,7 +255,7 @@ def show_comparison(bed: Testbed, paths: dict[str, Path]) -> None:
         transient=True,
     ) as bar:
         task = bar.add_task("", total=len(rows) * ROUNDS * 2)
-        measure.compare(*ends, rows, ROUNDS, lambda: bar.advance(task))
+        measure.compare(ends[0], ends[1], rows, ROUNDS, lambda: bar.advance(task))
     for end in ends:
         end.close()
     console.print(measure.table(rows))

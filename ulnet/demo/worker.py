@@ -82,19 +82,25 @@ def _tune(sock: Any, api: str, tcp: bool, spin: bool) -> None:
         sock.setblocking(False)
 
 
-def _receive(sock: Any, view: memoryview, want: int) -> int:
-    """Fill view[:want]; spins on sockets that do not block."""
-    got = 0
+def _take(sock: Any, view: memoryview) -> int:
+    """One receive; spins on a socket that does not block."""
     end = 0.0
-    while got < want:
+    while True:
         try:
-            n = sock.recv_into(view[got:want])
+            got: int = sock.recv_into(view)
+            return got
         except BlockingIOError:
             if end == 0.0:
                 end = time.monotonic() + TIMEOUT_S
             elif time.monotonic() > end:
                 raise TimeoutError("nothing received") from None
-            continue
+
+
+def _receive(sock: Any, view: memoryview, want: int) -> int:
+    """Fill view[:want], or less at the end of the stream."""
+    got = 0
+    while got < want:
+        n = _take(sock, view[got:want])
         if n == 0:
             break
         got += n
@@ -224,12 +230,14 @@ def _train(sock: Any, command: dict[str, Any]) -> dict[str, Any]:
             except TimeoutError:
                 continue
         raise TimeoutError("the receiver did not answer")
+    if command.get("spin", True) and command["api"] == "kernel":
+        sock.setblocking(False)
     buffer = memoryview(bytearray(max(size, 64)))
     received = 0
     first = last = 0
     while True:
-        n = sock.recv_into(buffer)
-        if n == 3 and buffer[:3] == b"end":
+        n = _take(sock, buffer)
+        if n == 3 and bytes(buffer[:3]) == b"end":
             break
         received += 1
         last = time.perf_counter_ns()

@@ -54,14 +54,12 @@ class Ends:
         scale = 1e-6 if figure == "us" else 1.0
         kernel: list[float] = []
         ours: list[float] = []
-        seen: list[dict[str, Any]] = []
 
         def kernel_turn() -> None:
             kernel.append(measure.once(self.a, self.b, "kernel", command)[figure] * scale)
 
         def our_turn() -> None:
-            seen.append(measure.once(self.a, self.b, api, command))
-            ours.append(seen[-1][figure] * scale)
+            ours.append(measure.once(self.a, self.b, api, command)[figure] * scale)
             Measured.turn(ours[-1])
 
         benchmark.pedantic(our_turn, setup=kernel_turn, rounds=rounds)  # type: ignore[no-untyped-call]
@@ -73,8 +71,6 @@ class Ends:
         if per_second:
             benchmark.extra_info["per_second"] = round(per_second / statistics.median(ours), 1)
             benchmark.extra_info["kernel_per_second"] = round(per_second / statistics.median(kernel), 1)
-        if "lost" in seen[-1]:
-            benchmark.extra_info["lost"] = round(statistics.median(figures["lost"] for figures in seen), 4)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def test_connection(benchmark: BenchmarkFixture, ends: Ends, interface: str) -> 
 @pytest.mark.parametrize("interface", API)
 @pytest.mark.parametrize("size", [1, 1472])
 def test_datagram_train(benchmark: BenchmarkFixture, ends: Ends, interface: str, size: int) -> None:
-    """Datagrams as fast as they go, one send and one receive call each; time for each that arrived."""
+    """Datagrams in trains of 32, an answer to each train; one send and one receive call a datagram; time for each."""
     benchmark.group = f"train udp {size} B"
-    command = {"op": "train", "proto": "udp", "size": size, "count": 20_000, "spin": interface == "ipf"}
+    command = {"op": "train", "proto": "udp", "size": size, "count": 16_000, "length": 32, "spin": interface == "ipf"}
     ends.compare(benchmark, API[interface], command, "us", rounds=ROUNDS, per_second=1)

@@ -228,6 +228,7 @@ cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil
 cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil            # frames processed; settles
+cdef int engine_spin(engine *e, int budget) noexcept nogil           # for one who polls without pause
 cdef void engine_settle(engine *e) noexcept nogil
 cdef int64_t engine_deadline(engine *e) noexcept nogil
 cdef void engine_timers(engine *e) noexcept nogil

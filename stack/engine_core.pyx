@@ -32,7 +32,19 @@ cdef enum:
     TABLE_MIN = 64
     MAX_GSO_PAYLOAD = 65160        # 45 * 1448: a multiple of the usual MSS; TCP rounds to its own
     BURST_BYTES = 4 * 65160        # without offload its ACKs fill most of a ring
+    LOOKS = 8
     DRAIN_FRAMES = 256             # more than a ring holds
+
+
+cdef extern from *:
+    """
+    static inline void ulnet_pause(void) {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #endif
+    }
+    """
+    void ulnet_pause() nogil
 
 
 cdef int64_t clock_now() noexcept nogil:
@@ -600,7 +612,22 @@ cdef int64_t engine_deadline(engine *e) noexcept nogil:
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil:
     """Process up to budget waiting frames and every due timer, then settle. Returns the frames processed."""
-    cdef int done = engine_drain(e, budget)
+    return engine_finish(e, engine_drain(e, budget))
+
+
+cdef int engine_spin(engine *e, int budget) noexcept nogil:
+    """The same for one who polls without pause: a few looks at the ring for each look at the clock."""
+    cdef int done = 0
+    cdef int look
+    for look in range(LOOKS):
+        done = engine_drain(e, budget)
+        if done:
+            break
+        ulnet_pause()
+    return engine_finish(e, done)
+
+
+cdef int engine_finish(engine *e, int done) noexcept nogil:
     if done == 0:
         e.now_ns = clock_now()
         e.env.now_ns = e.now_ns

@@ -20,7 +20,7 @@ from posix.unistd cimport close, read, write
 
 from ulnet.stack.engine_core cimport (
     HELPER_NAPS, HELPER_POLLS, HELPER_RUNS, HELPER_SLEEPS, clock_now, engine, engine_deadline,
-    engine_poll, pthread_cond_t, pthread_mutex_t, session_ready, session_ref, session_unref, ul_session,
+    engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, session_ready, session_ref, session_unref, ul_session,
     waiter,
 )
 from ulnet.stack.types cimport UL_ERROR, UL_HUP
@@ -215,7 +215,7 @@ cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcep
     cdef int64_t until
     cdef int rc
     while True:
-        if engine_poll(e, BURST):
+        if engine_spin(e, BURST):
             spin_until = e.now_ns + e.spin_ns
         elif spin_until == 0:
             spin_until = e.now_ns + e.spin_ns

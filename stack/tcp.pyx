@@ -67,6 +67,9 @@ cdef tcp_pcb *tcp_new(tcp_env *env, const tcp_config *cfg, void *owner) noexcept
     pcb.rcvbuf_bytes = clamp(cfg.rcvbuf_bytes, BUFFER_MIN_BYTES, BUFFER_MAX_BYTES)
     while pcb.rcv_wscale < 14 and <uint32_t>0xFFFF << pcb.rcv_wscale < pcb.rcvbuf_bytes:
         pcb.rcv_wscale += 1
+    if env.bufs != NULL and env.bufs.link != NULL:
+        # Until frames show how large they come: a window once announced cannot be taken back.
+        pcb.rcv_limit_bytes = tcp_ring_limit(env.bufs.link.slots, pcb.our_mss)
     pcb.ts_offset = cfg.ts_offset
     pcb.flags = TF_TS | TF_WSCALE
     if cfg.nodelay:

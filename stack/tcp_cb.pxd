@@ -153,6 +153,10 @@ cdef inline uint32_t tcp_ts_now(const tcp_pcb *pcb, int64_t now_ns) noexcept nog
 cdef inline void tcp_want_ack(tcp_pcb *pcb) noexcept nogil:
     pcb.flags |= TF_ACK_NOW | TF_OUTPUT
 
+cdef inline uint32_t tcp_ring_limit(uint32_t slots, uint32_t frame_bytes) noexcept nogil:
+    # the window that three quarters of a ring's slots can take
+    return slots // 4 * 3 * frame_bytes
+
 cdef inline uint32_t tcp_rcv_room(const tcp_pcb *pcb) noexcept nogil:
     # the receive buffer, or what the ring's slots can take of it
     if pcb.rcv_limit_bytes and pcb.rcv_limit_bytes < pcb.rcvbuf_bytes:

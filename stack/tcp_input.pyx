@@ -273,7 +273,7 @@ cdef void frame_limit(tcp_pcb *pcb, uint32_t n, uint32_t slots) noexcept nogil:
         pcb.rcv_frame_bytes = n
     else:
         pcb.rcv_frame_bytes -= (pcb.rcv_frame_bytes - n) >> 5
-    pcb.rcv_limit_bytes = slots // 4 * 3 * (pcb.rcv_frame_bytes if pcb.rcv_frame_bytes > pcb.our_mss else pcb.our_mss)
+    pcb.rcv_limit_bytes = tcp_ring_limit(slots, max(pcb.rcv_frame_bytes, <uint32_t>pcb.our_mss))
 
 
 cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data, uint32_t n, uint32_t seq) noexcept nogil:

@@ -109,8 +109,9 @@ def test_packet_interfaces(bed: Bed, interface: str) -> None:
 def test_descriptors_come_back(bed: Bed) -> None:
     """Attaching and leaving again leaves nothing in this process or in the server."""
     counts = []
-    for _ in range(6):
+    for _ in range(12):
         Proxy(bed.path).shutdown()
         wait_for(lambda: bed.tables()["applications"] == 0 and bed.tables()["tasks"] == 1, "gone")
         counts.append((len(os.listdir("/proc/self/fd")), bed.server_fds()))
-    assert counts[-1][0] <= counts[1][0] and counts[-1][1] <= counts[1][1], counts
+    # The server may still be closing one or two of the last one's when it is looked at.
+    assert counts[-1][0] <= counts[1][0] and counts[-1][1] <= counts[1][1] + 2, counts

@@ -43,7 +43,8 @@ setup(name="foreign", ext_modules=cythonize([Extension("foreign", ["foreign.pyx"
 USE = """
 import foreign
 from ulnet.kernelshim.memory import memory_pair
-print(foreign.checksum(bytes.fromhex("0001f203f4f5f6f7")).hex(), foreign.completes_checksums(memory_pair(features=1)[0]))
+print(foreign.checksum(bytes.fromhex("0001f203f4f5f6f7")).hex())
+print(foreign.completes_checksums(memory_pair(features=1)[0]))
 """
 
 

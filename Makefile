@@ -47,6 +47,7 @@ dist: .stamp-venv
 .stamp-build: .stamp-venv $(SOURCES)
 	@echo "building (a minute or two)"
 	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:

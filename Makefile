@@ -30,6 +30,7 @@ lint: .stamp-build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python ci/stubs.py
 	$(BIN)/python ci/hints.py
 
 dist: .stamp-venv
@@ -46,6 +47,7 @@ dist: .stamp-venv
 .stamp-build: .stamp-venv $(SOURCES)
 	@echo "building (a minute or two)"
 	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:

@@ -62,7 +62,8 @@ def check_sdist(sdist: Path) -> bool:
     links = [member.name for member in members if not (member.isreg() or member.isdir())]
     if links:
         print(f"dist: {sdist.name} holds links, which some unpackers spoil: {', '.join(links)}", file=sys.stderr)
-    needed = wanted(".py", ".pyx", ".pxd", ".pyi", ".h", "py.typed") | {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    needed = wanted(".py", ".pyx", ".pxd", ".pyi", ".h", "py.typed")
+    needed |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "tests/test_wire.py"}
     return not lacks(sdist.name, needed, names) and not links
 
 

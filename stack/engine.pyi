@@ -62,6 +62,10 @@ class Engine:
         """Back to a shell after a connection attempt that failed."""
     def ask_neighbour(self, next_hop: str) -> None:
         """Ask by ARP for a neighbour; the answer shows in the metastate page. Not for libraries."""
+    def resolve_pending(self) -> None:
+        """Have ``resolver`` find the next hop that a datagram waits for."""
+    def reap(self) -> None:
+        """Let go of sent objects that were held; every call does it, so only who makes none needs this."""
     def announce(self) -> None:
         """Gratuitous ARP (RFC 5227 2.3). Not for libraries."""
     def set_backlog(self, session: Session, backlog: int) -> None: ...

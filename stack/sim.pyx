@@ -18,18 +18,18 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from ulnet.stack.buf cimport bufpool_reap, rxseg, rxseg_free
-from ulnet.stack.sim_core cimport EndpointCore, Packet, SimCore, Wire
+from ulnet.stack.sim_core cimport EndpointCore, Packet, SimCore
 from ulnet.stack.tcp cimport *
 from ulnet.stack.tcp_cb cimport *
 
-from ulnet.stack.sim_core import LETTERS, Wire
+from ulnet.stack.sim_core import LETTERS as _LETTERS, Wire
 from ulnet.stack.sim_trace import Segment, Trace
 from ulnet.stack.tcp_state import state_name
 
 cdef enum:
     EVENTS_MAX = 20000000            # a run that needs more is a live-lock
 
-TIMERS = ("rexmt", "delack", "keep", "2msl", "retry")
+_TIMERS = ("rexmt", "delack", "keep", "2msl", "retry")
 
 
 cdef class Lent:
@@ -188,7 +188,7 @@ cdef class Endpoint(EndpointCore):
         cdef Packet p = Packet()
         self.live()
         memset(&p.seg, 0, sizeof(tcp_seg))
-        bits = dict(LETTERS)
+        bits = dict(_LETTERS)
         for c in flags:
             if c not in bits:
                 raise ValueError(f"no flag {c!r}: use letters of SFRPUA")
@@ -294,7 +294,7 @@ cdef class Endpoint(EndpointCore):
     def timers(self) -> dict:
         """Running timers: nanoseconds left."""
         self.live()
-        return {TIMERS[i]: self.pcb.timers[i] - self.env.now_ns for i in range(TT_COUNT) if self.pcb.timers[i] != INT64_MAX}
+        return {_TIMERS[i]: self.pcb.timers[i] - self.env.now_ns for i in range(TT_COUNT) if self.pcb.timers[i] != INT64_MAX}
 
     @property
     def counters(self) -> dict:

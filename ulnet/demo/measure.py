@@ -111,17 +111,11 @@ def compare(a: Worker, b: Worker, rows: list[Test], rounds: int, step: Callable[
 
 def table(rows: list[Test]) -> Table:
     """The rows as a table with ratios."""
-    out = Table(title="Kernel sockets (spinning for round trips) against ulnet, both from Python; medians")
-    for heading in ("", "kernel", "ulnet", "unit", "ulnet / kernel", "spread of ulnet"):
-        out.add_column(heading, justify="left" if heading in ("", "unit") else "right")
+    out = Table(title="From Python, medians; kernel sockets spin for round trips", title_justify="left")
+    for heading in ("", "kernel", "ulnet", "ratio", "ulnet from/to"):
+        out.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for test in rows:
         low, high = min(test.values["ulnet"]), max(test.values["ulnet"])
-        out.add_row(
-            test.name,
-            f"{test.median('kernel'):.1f}",
-            f"{test.median('ulnet'):.1f}",
-            test.unit,
-            f"{test.ratio:.2f}",
-            f"{low:.1f} to {high:.1f}",
-        )
+        figures = (f"{test.median('kernel'):.1f}", f"{test.median('ulnet'):.1f}", f"{test.ratio:.2f}")
+        out.add_row(f"{test.name}, {test.unit}", *figures, f"{low:.1f} to {high:.1f}")
     return out

@@ -5,6 +5,7 @@ A wheel without compiled modules builds without an error when the sources are mi
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -76,13 +77,20 @@ def check_wheel(wheel: Path) -> bool:
 
 
 def use_wheel(wheel: Path) -> None:
+    # With the repository on its path, pip would find ulnet installed there already.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "-q", wheel.resolve()], check=True)
-        subprocess.run([python, "-I", "-c", ECHO], check=True, cwd=folder, timeout=60)
+        subprocess.run([python, "-I", "-m", "pip", "install", "-q", wheel.resolve()], check=True, env=environment)
+        subprocess.run([python, "-I", "-c", ECHO], check=True, cwd=folder, env=environment, timeout=60)
         said = subprocess.run(
-            [python.with_name("ulnet"), "--version"], check=True, cwd=folder, capture_output=True, text=True
+            [python.with_name("ulnet"), "--version"],
+            check=True,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
         ).stdout
         print(f"dist: ulnet --version says {said.strip()}")
         if said != f"ulnet {ulnet.__version__}\n":

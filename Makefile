@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml
+SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml Makefile
 
 .PHONY: demo test bench history counts lint dist clean
 demo: .stamp-build

@@ -219,7 +219,9 @@ class SessionTable:
             log.warning("status page of %s: %s", app, error)
             last = {}
         for record in list(app.sessions.values()):
-            self._end(record, reset=True, quarantine_ns=QUARANTINE_NS, last=last.get(record.number))
+            # UDP has no connection that old packets could disturb: a server that crashed may bind again at once.
+            quarantine_ns = QUARANTINE_NS if record.protocol == TCP else 0
+            self._end(record, reset=True, quarantine_ns=quarantine_ns, last=last.get(record.number))
 
     # -- the engine's side ---------------------------------------------------------------------
 

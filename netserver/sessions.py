@@ -13,7 +13,7 @@ import errno
 import ipaddress
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address
 from typing import Any, Final
@@ -60,6 +60,7 @@ class SessionTable:
         self.records: dict[int, SessionRecord] = {}
         self._flows: dict[Flow, SessionRecord] = {}  # sessions with a peer, wherever they are
         self._deliver = deliver
+        self._events: deque[tuple[int, Session, int]] = deque()
         self._forward = forward
         engine.collect_events = True
         engine.on_strays = self._strays_from_engine
@@ -218,26 +219,36 @@ class SessionTable:
             log.warning("status page of %s: %s", app, error)
             last = {}
         for record in list(app.sessions.values()):
-            self._end(record, reset=True, quarantine_ns=QUARANTINE_NS, last=last.get(record.number))
+            # UDP has no connection that old packets could disturb: a server that crashed may bind again at once.
+            quarantine_ns = QUARANTINE_NS if record.protocol == TCP else 0
+            self._end(record, reset=True, quarantine_ns=quarantine_ns, last=last.get(record.number))
 
     # -- the engine's side ---------------------------------------------------------------------
 
     def drive(self) -> None:
         """Obey the engine's events. Each may cause more, so until there are none."""
-        while events := self.engine.events():
-            for kind, session, value in events:
-                if kind == EV_CONNECTED and session is not None:
-                    self._on_connected(session)
-                elif kind == EV_FAILED and session is not None:
-                    self._on_failed(session, value)
-                elif kind == EV_ACCEPTED and session is not None:
-                    record = self.records.get(session.session_id)
-                    if record is not None and record.place is Place.LISTENING:
-                        self._pump(record)
-                elif kind == EV_GONE:
-                    record = self.records.get(value)
-                    if record is not None and record.place is Place.SERVER:
-                        self._drop(record)
+        self._collect()
+        while self._events:
+            kind, session, value = self._events.popleft()
+            if kind == EV_CONNECTED:
+                self._on_connected(session)
+            elif kind == EV_FAILED:
+                self._on_failed(session, value)
+            elif kind == EV_ACCEPTED:
+                record = self.records.get(session.session_id)
+                if record is not None and record.place is Place.LISTENING:
+                    self._pump(record)
+            self._collect()
+
+    def _collect(self) -> None:
+        """Fetch the engine's events. What is gone leaves the tables at once, before a new connection has its names."""
+        for kind, session, value in self.engine.events():
+            if kind == EV_GONE:
+                record = self.records.get(value)
+                if record is not None and record.place is Place.SERVER:
+                    self._drop(record)
+            elif session is not None:
+                self._events.append((kind, session, value))
 
     def _on_connected(self, session: Session) -> None:
         record = self.records.get(session.session_id)
@@ -274,6 +285,7 @@ class SessionTable:
         app, queue = listener.owner, listener.engine_session
         assert app is not None and queue is not None
         while listener.credit > 0 and (session := self.engine.accept(queue)) is not None:
+            self._collect()
             if not session.live or session.peer is None:
                 self.counters["accepted_dead"] += 1
                 continue

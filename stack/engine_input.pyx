@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 from ulnet.kernelshim.link cimport UL_FRAME_CSUM_OK, UL_FRAME_CSUM_PARTIAL, UL_SLOT_NONE, ul_rx
 from ulnet.stack.engine_core cimport (
-    ATTN_STRAYS, PHASE_EMBRYONIC, ROLE_FOREIGN, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, engine, frame_rec,
+    ATTN_STRAYS, EVENT_GONE, PHASE_EMBRYONIC, ROLE_FOREIGN, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, engine, event_add, frame_rec,
     neighbours_changed, session_end, session_find, session_new, session_ref, session_tcp_start, session_touch,
     session_unref, ul_session,
 )
@@ -118,6 +118,7 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
         if s.role == ROLE_TCP:
             if seg.flags & TCP_SYN and s.closing and tcp_reusable(s.tcp, &seg, &iss_least):
                 # RFC 9293 3.10.7.4 (TIME-WAIT), RFC 6191: a new connection may take over the old one's names.
+                event_add(e, EVENT_GONE, s, <int64_t>s.id)
                 session_end(e, s, 0)
                 listen_input(e, &seg, &flow, iss_least)
                 return False

@@ -219,11 +219,12 @@ cdef bint on_ack(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg, uint32_t seq, u
     cdef uint32_t ack = seg.ack
     cdef uint32_t wnd = seg.wnd << pcb.snd_wscale
     cdef bint fin_acked = False
+    cdef bint news = seq_gt(ack, pcb.snd_una)
     if seq_gt(ack, pcb.snd_max) or seq_lt(ack, pcb.snd_una - pcb.max_sndwnd):
         env.counters.bad_ack_in += 1                           # RFC 5961 5.2
         challenge(env, pcb)
         return False
-    if seq_gt(ack, pcb.snd_una):
+    if news:
         fin_acked = on_new_ack(env, pcb, ack)
     elif ack == pcb.snd_una and pcb.snd_max != pcb.snd_una and not pcb.flags & TF_PROBED:
         # RFC 5681 2: what makes a duplicate ACK. One that opens the window, or comes with data, is none.
@@ -231,7 +232,9 @@ cdef bint on_ack(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg, uint32_t seq, u
             on_dup_ack(env, pcb)
     if pcb.flags & TF_PERSIST and not pcb.flags & TF_USER_GONE:
         pcb.progress_ns = env.now_ns                           # RFC 9293 3.8.6.1: it answers, so we go on asking
-    if seq_ge(ack, pcb.snd_una) and (seq_lt(pcb.snd_wl1, seq) or (pcb.snd_wl1 == seq and seq_le(pcb.snd_wl2, ack))):
+    # differs: RFC 9293 (3.10.7.4) looks at SND.WL1 and WL2 alone. As Linux, what acknowledges more is newer, also when
+    # it comes with data sent again: with the old window kept, snd_una would push the edge beyond what was offered.
+    if news or (ack == pcb.snd_una and (seq_lt(pcb.snd_wl1, seq) or (pcb.snd_wl1 == seq and seq_le(pcb.snd_wl2, ack)))):
         if wnd > pcb.snd_wnd:
             pcb.flags |= TF_OUTPUT
             if pcb.flags & TF_PERSIST:

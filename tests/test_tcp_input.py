@@ -187,6 +187,17 @@ def test_blind_data_with_a_plausible_old_ack_is_taken() -> None:
     assert e.read() == b"late"
 
 
+def test_window_that_comes_with_the_segment_that_fills_a_gap_counts() -> None:
+    """Its sequence number lies before SND.WL1, but it acknowledges more: the old window would overshoot."""
+    e = established(wnd=10_000)
+    e.inject("A", seq=PEER + 1001, payload=b"later", wnd=10_000)
+    e.write(bytes(8000))
+    e.inject("A", seq=PEER + 1, ack=ISS + 8001, payload=bytes(1000), wnd=2000)
+    e.write(bytes(20_000))
+    assert e.numbers["snd_una"] == ISS + 8001
+    assert e.numbers["snd_max"] <= ISS + 8001 + 2000
+
+
 def test_segment_without_ack_is_dropped() -> None:
     e = established()
     assert not e.inject("", payload=b"x")

@@ -394,8 +394,10 @@ def test_forgotten_host_warns_and_ends_its_thread() -> None:
 
 
 def test_program_end_delivers() -> None:
+    # The reader gets its time to print: what is registered first runs last, after the hosts have delivered.
     code = """
-import os, threading
+import atexit, threading
+atexit.register(lambda: reader.join(10))
 from ulnet.stack import embedded, socket
 a, b = embedded.pair()
 listener = socket.create_server(("", 7), host=b)
@@ -406,7 +408,8 @@ def read():
     while data := server.recv(65536):
         n += len(data)
     print(n, flush=True)
-threading.Thread(target=read, daemon=True).start()
+reader = threading.Thread(target=read, daemon=True)
+reader.start()
 client.sendall(bytes(3_000_000))
 client.close()
 """

@@ -16,8 +16,8 @@ from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
     ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
-    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_deadline, engine_free,
-    engine_new, engine_poll, engine_settle, event_rec, frame_rec, session_close, session_end, session_insert,
+    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_deadline, engine_free,
+    engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end, session_insert,
     session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_handover cimport (
@@ -230,7 +230,7 @@ cdef class Engine:
         cdef engine *e = self.e
         with nogil:
             engine_lock(e)
-            e.nenv.now_ns = clock_now()
+            engine_tick(e)
             if e.neigh != NULL:
                 neigh_announce(e.neigh, &e.nenv)
             engine_unlock(e)
@@ -242,7 +242,7 @@ cdef class Engine:
         addr_from_text(next_hop, &hop)
         with nogil:
             engine_lock(e)
-            e.nenv.now_ns = clock_now()
+            engine_tick(e)
             if e.neigh != NULL:
                 neigh_ask(e.neigh, &e.nenv, &hop)
             engine_unlock(e)
@@ -331,9 +331,7 @@ cdef class Engine:
         flow_fill(&flow, UL_IPPROTO_TCP, laddr, lport, raddr, rport)
         with nogil:
             engine_lock(e)
-            e.now_ns = clock_now()
-            e.env.now_ns = e.now_ns
-            e.nenv.now_ns = e.now_ns
+            engine_tick(e)
             if s.role != ROLE_SHELL:
                 rc = -EISCONN
             else:
@@ -418,8 +416,7 @@ cdef class Engine:
         cdef ul_session *s = session.s
         with nogil:
             engine_lock(e)
-            e.now_ns = clock_now()
-            e.env.now_ns = e.now_ns
+            engine_tick(e)
             if not s.closing:
                 session_close(e, s, linger_abort)
                 if s.fd != NULL:
@@ -562,8 +559,7 @@ cdef class Engine:
         with nogil:
             engine_lock(e)
             if not s.closing and s.role != ROLE_ENDED and s.role != ROLE_FOREIGN:
-                e.now_ns = clock_now()
-                e.env.now_ns = e.now_ns
+                engine_tick(e)
                 if s.role == ROLE_TCP:
                     tcp_done(&e.env, s.tcp, -error)
                 else:
@@ -608,8 +604,7 @@ cdef class Engine:
         rx.slot = UL_SLOT_NONE
         with nogil:
             engine_lock(e)
-            e.now_ns = clock_now()
-            e.env.now_ns = e.now_ns
+            engine_tick(e)
             engine_frame(e, &rx)
             engine_settle(e)
             engine_left(e)

@@ -76,7 +76,6 @@ ctypedef struct ul_session:
     uint8_t shut_rd          # UDP
     uint16_t path_mtu_bytes
     int so_error             # negative errno, for roles without a pcb
-    uint32_t shown           # readiness at the last settle
     tcp_pcb *tcp
     udp_pcb *udp
     ul_session *listener
@@ -213,6 +212,7 @@ ctypedef struct engine:
 cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint8_t *secret, int64_t spin_ns) noexcept nogil
 cdef void engine_free(engine *e) noexcept nogil
 cdef int64_t clock_now() noexcept nogil
+cdef void engine_tick(engine *e) noexcept nogil
 
 cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil
 cdef void session_ref(ul_session *s) noexcept nogil

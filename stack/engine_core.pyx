@@ -53,6 +53,13 @@ cdef int64_t clock_now() noexcept nogil:
     return ts.tv_sec * 1000000000 + ts.tv_nsec
 
 
+cdef void engine_tick(engine *e) noexcept nogil:
+    """Look at the clock, once, for everything below that is told the time."""
+    e.now_ns = clock_now()
+    e.env.now_ns = e.now_ns
+    e.nenv.now_ns = e.now_ns
+
+
 cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint8_t *secret, int64_t spin_ns) noexcept nogil:
     cdef engine *e = <engine *>calloc(1, sizeof(engine))
     if e == NULL:
@@ -79,9 +86,7 @@ cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint
     e.reass = ip_reass_new()
     if not library:
         e.neigh = neigh_new(meta)
-    e.now_ns = clock_now()
-    e.env.now_ns = e.now_ns
-    e.nenv.now_ns = e.now_ns
+    engine_tick(e)
     if e.table == NULL or e.heap == NULL or e.reass == NULL or (e.neigh == NULL and not library) or engine_wait_init(e) < 0:
         engine_free(e)
         return NULL
@@ -495,7 +500,6 @@ cdef void settle_tcp(engine *e, ul_session *s) noexcept nogil:
 
 cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
     cdef uint32_t ready
-    cdef uint32_t fresh
     if s.role == ROLE_TCP:
         settle_tcp(e, s)
     elif s.role == ROLE_UDP and s.stat != NULL:
@@ -504,8 +508,6 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
     ready = session_ready(s)
     if s.fd != NULL:
         readyfd_show(s.fd, ready)
-    fresh = ready & ~s.shown
-    s.shown = ready
     if s.waiters != NULL and ready:
         waiters_wake(e, s, ready)
 
@@ -516,9 +518,7 @@ cdef int engine_drain(engine *e, int budget) noexcept nogil:
     cdef int done = 0
     while done < budget and e.link.recv(e.link.ctx, &frame):
         if done == 0:
-            e.now_ns = clock_now()
-            e.env.now_ns = e.now_ns
-            e.nenv.now_ns = e.now_ns
+            engine_tick(e)
         done += 1
         e.n.frames_in += 1
         e.n.bytes_in += frame.len_bytes
@@ -629,9 +629,7 @@ cdef int engine_spin(engine *e, int budget) noexcept nogil:
 
 cdef int engine_finish(engine *e, int done) noexcept nogil:
     if done == 0:
-        e.now_ns = clock_now()
-        e.env.now_ns = e.now_ns
-        e.nenv.now_ns = e.now_ns
+        engine_tick(e)
     engine_timers(e)
     if e.touched != NULL or done:
         engine_settle(e)

@@ -10,7 +10,7 @@ from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset
 
 from ulnet.stack.engine_core cimport (
-    PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHELL, ROLE_TCP, clock_now, foreign_arm, session_end, session_find,
+    PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHELL, ROLE_TCP, clock_now, engine_tick, foreign_arm, session_end, session_find,
     session_insert, session_new, session_ref, session_touch, session_unref,
 )
 from ulnet.stack.engine_wait cimport waiters_wake
@@ -37,8 +37,7 @@ cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noe
     cdef size_t room
     if s.role != ROLE_TCP:
         return -ENOTCONN
-    e.now_ns = clock_now()
-    e.env.now_ns = e.now_ns
+    engine_tick(e)
     room = tcp_export_bytes(s.tcp)
     out[0] = <uint8_t *>malloc(sizeof(head) + room)
     if out[0] == NULL:
@@ -76,8 +75,7 @@ cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, u
         return -EINVAL
     if s.role != ROLE_SHELL:
         return -EISCONN
-    e.now_ns = clock_now()
-    e.env.now_ns = e.now_ns
+    engine_tick(e)
     s.tcp = tcp_import(&e.env, p + sizeof(head), n - sizeof(head), s, &err)
     if s.tcp == NULL:
         return err if err else -EINVAL

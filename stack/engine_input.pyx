@@ -4,7 +4,6 @@ A peer's garbage is counted and dropped here and nowhere else. Frames of flows t
 between two holders are kept: an orphan waits for its session to arrive, a stray goes to the new holder.
 """
 
-from libc.errno cimport ENOMEM
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset

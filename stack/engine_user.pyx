@@ -7,7 +7,7 @@ from libc.errno cimport EAGAIN, EBADF, EDESTADDRREQ, EINTR, EISCONN, EMSGSIZE, E
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 
 from ulnet.stack.engine_core cimport (
-    PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_poll,
+    PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_poll, engine_tick,
     engine_settle, session_ready, session_ref, session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_output cimport emit_udp
@@ -35,8 +35,7 @@ cdef int64_t TICK_NS = 1000000
 cdef void enter(engine *e, ul_session *s) noexcept nogil:
     engine_lock(e)
     session_ref(s)
-    e.now_ns = clock_now()
-    e.env.now_ns = e.now_ns
+    engine_tick(e)
 
 
 cdef void leave(engine *e, ul_session *s) noexcept nogil:
@@ -257,7 +256,7 @@ cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_
         p.revents = 0
         poll(&p, 1, 10)
         engine_lock(e)
-        e.now_ns = clock_now()
+        engine_tick(e)
     if s.stat != NULL:
         session_touch(e, s)
     leave(e, s)

@@ -90,7 +90,10 @@ class Engine:
         """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
         frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
     def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None: ...
-    def import_session(self, session: Session, state: bytes | bytearray | memoryview, session_id: int) -> None: ...
+    def import_session(
+        self, session: Session, state: bytes | bytearray | memoryview, session_id: int, *, prefix: bytes = b""
+    ) -> None:
+        """``prefix``: what comes before all unread data; UDP: datagrams as they stand in a state."""
     def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
         """Import an accepted session into a listener's queue (library; the server did the handshake)."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:

@@ -86,6 +86,9 @@ cdef void chunks_free(bufpool *p, txchunk *c) noexcept nogil
 # Called once a burst: keep the ring from running into held slots.
 cdef void bufpool_relieve(bufpool *p) noexcept nogil
 
+# Before a fork: nothing lent or queued lies in the ring any more, as far as there is memory.
+cdef void bufpool_evacuate(bufpool *p) noexcept nogil
+
 # Append payload of `frame` at (data, n). Takes the frame's slot when it is worth it (*held = 1: the
 # caller must not release it), else copies (coalescing into the tail when `stream`). 0 or -ENOMEM.
 cdef int rxq_append(bufpool *p, rxqueue *q, const uint8_t *data, uint32_t n, uint32_t seq,

@@ -206,6 +206,22 @@ cdef void bufpool_relieve(bufpool *p) noexcept nogil:
         s = following
 
 
+cdef void bufpool_evacuate(bufpool *p) noexcept nogil:
+    cdef rxseg *s = p.held_head
+    cdef rxseg *following
+    if p.link == NULL or not p.link.features & UL_LINK_EVACUATE or p.link.evacuate == NULL:
+        return                       # frames lie in the process's own memory
+    while s != NULL:
+        following = s.held_next
+        if not s.lent:
+            slot_to_heap(p, s)
+        elif p.link.evacuate(p.link.ctx, s.slot) == 0:
+            held_remove(p, s)
+            s.origin = RXSEG_EVACUATED
+            p.evacuated += 1
+        s = following
+
+
 # ---- received segments ----
 
 cdef rxseg *rxseg_new(bufpool *p, const uint8_t *data, uint32_t n, uint32_t seq, const ul_rx *frame,

@@ -32,6 +32,17 @@ class Engine:
     # Called from the helper thread or poll() with frames (bytes) of flows exported from here a moment ago.
     on_strays: Callable[[list[bytes]], None] | None
 
+    # Library: of sessions placed in the server (Session.shared). None: they stay there, and errors are the pair's.
+    # Called before each call on a shared session, without its lock; True: share_end() was called, it is ours again.
+    on_shared: Callable[[Session], bool] | None
+    # Called when U is at its end, refuses writing or was reset; raises the session's real error, if there is one.
+    # Else the call goes on as U says: end of file, EPIPE, ECONNRESET.
+    on_shared_end: Callable[[Session], None] | None
+    # take_error(): the pending errno (positive), cleared; 0 if none.
+    on_shared_error: Callable[[Session], int] | None
+    # setopt() and getopt() (value None): the option's value.
+    on_shared_option: Callable[[Session, int, int, int | None], int] | None
+
     def __init__(
         self,
         link: Link,
@@ -79,7 +90,10 @@ class Engine:
         """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
         frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
     def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None: ...
-    def import_session(self, session: Session, state: bytes | bytearray | memoryview, session_id: int) -> None: ...
+    def import_session(
+        self, session: Session, state: bytes | bytearray | memoryview, session_id: int, *, prefix: bytes = b""
+    ) -> None:
+        """``prefix``: what comes before all unread data; UDP: datagrams as they stand in a state."""
     def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
         """Import an accepted session into a listener's queue (library; the server did the handshake)."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
@@ -92,6 +106,16 @@ class Engine:
         """Server: a flow handed out earlier (restart)."""
     def interrupt(self) -> None:
         """Wake every waiter once (they re-check)."""
+    def before_fork(self) -> None:
+        """All sessions that shall live on in a child are shared. Lent ring memory moves to private pages; from now to
+        after_fork_*() no other thread is inside. Run the hooks below in every case, also when the fork failed."""
+    def after_fork_parent(self) -> None: ...
+    def after_fork_child(self) -> None:
+        """This engine is the parent's: its link is closed here, calls on its sessions raise EBADF, except on shared
+        ones, which work, and on shells; rebind() them to an engine of the child's own."""
+    @property
+    def broken(self) -> bool:
+        """True in a child for the engines of its parent."""
     def sessions(self) -> list[dict[str, Any]]: ...
     def counters(self) -> dict[str, int]:
         """Everything counted: frames, drops by reason, TCP, UDP, ICMP, ARP, buffers, system calls."""

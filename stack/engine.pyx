@@ -16,12 +16,13 @@ from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
     ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
-    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_deadline, engine_free,
+    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_deadline, engine_free,
     engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end, session_insert,
     session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
 )
+from ulnet.stack.engine_fork cimport fork_child, fork_parent, fork_prepare, session_rebind
 from ulnet.stack.engine_handover cimport (
-    foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import,
+    foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import, handover_prefix,
 )
 from ulnet.stack.engine_input cimport engine_frame, orphans_replay
 from ulnet.stack.engine_output cimport emit_refusal
@@ -387,6 +388,8 @@ cdef class Engine:
             engine_lock(e)
             if listener.closing:
                 rc = -EBADF
+            elif listener.role == ROLE_SHARED:
+                rc = 0                     # others announce its connections now
             elif listener.role != ROLE_LISTEN:
                 rc = listener.so_error if listener.role == ROLE_ENDED and listener.so_error else -EINVAL
             else:
@@ -492,9 +495,11 @@ cdef class Engine:
             foreign_forget(e, &flow)
             engine_unlock(e)
 
-    def import_session(self, Session session not None, state, uint64_t session_id):
+    def import_session(self, Session session not None, state, uint64_t session_id, *, bytes prefix=b""):
         """Take over a session from its exported state. ValueError when the state is malformed."""
         cdef const uint8_t[::1] view = state
+        cdef const uint8_t *first = prefix
+        cdef size_t first_bytes = PyBytes_GET_SIZE(prefix)
         cdef engine *e = self.e
         cdef ul_session *s = session.s
         cdef int rc
@@ -503,6 +508,8 @@ cdef class Engine:
         with nogil:
             engine_lock(e)
             rc = handover_import(e, s, p, n, session_id)
+            if rc == 0:
+                rc = handover_prefix(e, s, first, first_bytes)
             engine_unlock(e)
         if rc == -EINVAL:
             raise ValueError(f"session state of {n} bytes is malformed")
@@ -609,6 +616,52 @@ cdef class Engine:
             engine_settle(e)
             engine_left(e)
             engine_unlock(e)
+
+    # ------------------------------------------------------------ fork
+
+    def before_fork(self):
+        """No other thread is inside from here to after_fork_*(); lent buffers lie in private memory."""
+        cdef engine *e = self.e
+        with nogil:
+            fork_prepare(e)
+
+    def after_fork_parent(self):
+        fork_parent(self.e)
+
+    def after_fork_child(self):
+        """The engine stays with the parent: here only shared sessions and shells can be used."""
+        cdef ul_session *s
+        fork_child(self.e)
+        self.helper_thread = None
+        self.stats = None
+        self.link.close_fd()
+        s = self.e.all
+        while s != NULL:
+            if s.handle != NULL:
+                (<Session>s.handle).shared_rlock = None     # a thread that is gone may have held it
+            s = s.all_next
+
+    @property
+    def broken(self):
+        return bool(self.e.broken)
+
+    def take_session(self, Session session not None):
+        """Session.rebind()."""
+        cdef engine *former = session.e
+        cdef engine *e = self.e
+        cdef ul_session *s = session.s
+        cdef int err = 0
+        if former == e:
+            return
+        with session.shared_lock:
+            with nogil:
+                s = session_rebind(former, s, e, &err)
+            if s == NULL:
+                fail(err)
+            session.former = session.engine
+            session.engine = self
+            session.e = e
+            session.s = s
 
     # ------------------------------------------------------------ what happened, what there is
 

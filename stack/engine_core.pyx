@@ -10,6 +10,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close
 
 from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
@@ -19,6 +20,7 @@ from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_i
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
+from ulnet.stack.session_shared cimport shared_ready, shared_wake
 from ulnet.stack.statpage cimport stat_give
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
@@ -117,6 +119,8 @@ cdef void engine_free(engine *e) noexcept nogil:
             readyfd_free(s.fd)
         if s.stat != NULL:
             stat_give(s.stat)
+        if s.shared_wake >= 0:
+            close(s.shared_wake)
         free(s)
         s = nxt
     while e.events_head != NULL:
@@ -147,6 +151,7 @@ cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil:
     s.refs = 1
     s.ttl = 64
     s.deadline_ns = INT64_MAX
+    s.shared_wake = -1
     s.all_next = e.all
     if e.all != NULL:
         e.all.all_prev = s
@@ -165,8 +170,11 @@ cdef void session_unref(engine *e, ul_session *s) noexcept nogil:
         return
     session_end(e, s, 0)
     if s.fd != NULL:
-        e.watched -= 1
+        if not s.fd.surrendered:
+            e.watched -= 1
         readyfd_free(s.fd)
+    if s.shared_wake >= 0:
+        close(s.shared_wake)
     if s.all_prev != NULL:
         s.all_prev.all_next = s.all_next
     else:
@@ -255,7 +263,9 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
         return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
     if s.role == ROLE_LISTEN:
         return UL_READABLE if s.accept_count else 0
-    if s.role == ROLE_ENDED:
+    if s.role == ROLE_SHARED:
+        return shared_ready(s)
+    if s.role == ROLE_ENDED or s.role == ROLE_STAYED:
         return UL_READABLE | UL_WRITABLE | UL_HUP | (UL_ERROR if s.so_error else 0)
     if s.phase == PHASE_CONNECTING:
         return 0
@@ -347,6 +357,10 @@ cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil:
     session_ref(s)
     s.closing = 1
     waiters_wake(e, s, 0xFF)               # they leave with EBADF
+    shared_wake(s)
+    if s.role == ROLE_SHARED and s.fd != NULL:
+        readyfd_free(s.fd)                 # the kernel counts its copies: the last one's end is the session's
+        s.fd = NULL
     if s.role == ROLE_TCP:
         if abort:
             tcp_abort(&e.env, s.tcp)

@@ -4,13 +4,15 @@ The exporter remembers the flow as foreign, so that a frame that still comes her
 the importer replays frames that were faster than it.
 """
 
-from libc.errno cimport EINVAL, EISCONN, ENOMEM, ENOTCONN
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.errno cimport EBADF, EINVAL, EISCONN, ENOMEM, ENOTCONN
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset
 
+from ulnet.stack.buf cimport rxq_clear, rxq_push, rxqueue, rxseg, rxseg_new
 from ulnet.stack.engine_core cimport (
-    PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHELL, ROLE_TCP, clock_now, engine_tick, foreign_arm, session_end, session_find,
+    PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine_tick, foreign_arm,
+    session_end, session_find,
     session_insert, session_new, session_ref, session_touch, session_unref,
 )
 from ulnet.stack.engine_wait cimport waiters_wake
@@ -20,6 +22,8 @@ from ulnet.stack.types cimport UL_IPPROTO_TCP
 
 cdef enum:
     STATE_MAGIC = 0x554C5331       # "ULS1"
+    DATAGRAM_HEAD_BYTES = 22       # address, port (big-endian), length
+    PREFIX_PART_BYTES = 65536
 
 cdef int64_t FOREIGN_NS = 2000000000   # a library remembers what it gave back for so long
 
@@ -73,8 +77,10 @@ cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, u
     memcpy(&head, p, sizeof(head))
     if head.magic != STATE_MAGIC or head.head_bytes != sizeof(head) or head.flow.proto != UL_IPPROTO_TCP:
         return -EINVAL
-    if s.role != ROLE_SHELL:
+    if s.role != ROLE_SHELL and s.role != ROLE_SHARED:      # shared: it comes home
         return -EISCONN
+    if s.closing:
+        return -EBADF
     engine_tick(e)
     s.tcp = tcp_import(&e.env, p + sizeof(head), n - sizeof(head), s, &err)
     if s.tcp == NULL:
@@ -84,11 +90,57 @@ cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, u
     s.tos = head.tos
     s.id = session_id
     s.phase = PHASE_OPEN
+    s.shut_rd = 0
+    s.shared_shut_wr = 0
     s.role = ROLE_TCP
     rc = session_insert(e, s)
     if rc < 0:
         session_end(e, s, rc)
     return rc
+
+
+cdef int handover_prefix(engine *e, ul_session *s, const uint8_t *p, size_t n) noexcept nogil:
+    cdef bint udp = s.role == ROLE_UDP
+    cdef rxqueue front
+    cdef rxqueue *q
+    cdef rxseg *seg
+    cdef uint32_t part
+    cdef bint held
+    if n == 0:
+        return 0
+    if not udp and s.role != ROLE_TCP:
+        return -EINVAL
+    memset(&front, 0, sizeof(front))
+    q = &s.udp.rcv if udp else &s.tcp.rcv
+    while n:
+        part = <uint32_t>n if n < PREFIX_PART_BYTES else PREFIX_PART_BYTES
+        if udp:
+            if n < DATAGRAM_HEAD_BYTES:
+                return -EINVAL
+            memcpy(&part, p + 18, 4)
+            if part > n - DATAGRAM_HEAD_BYTES:
+                return -EINVAL
+        seg = rxseg_new(&e.bufs, p + DATAGRAM_HEAD_BYTES if udp else p, part, 0, NULL, 0, &held)
+        if seg == NULL:
+            rxq_clear(&e.bufs, &front)
+            return -ENOMEM
+        if udp:
+            memcpy(seg.raddr.b, p, 16)
+            seg.rport = <uint16_t>((p[16] << 8) | p[17])
+            part += DATAGRAM_HEAD_BYTES
+        else:
+            seg.seq = s.tcp.rcv_nxt - <uint32_t>q.len_bytes - <uint32_t>n
+        rxq_push(&front, seg)
+        p += part
+        n -= part
+    front.tail.next = q.head
+    if q.tail == NULL:
+        q.tail = front.tail
+    q.head = front.head
+    q.len_bytes += front.len_bytes
+    q.mem_bytes += front.mem_bytes
+    q.count += front.count
+    return 0
 
 
 cdef void handover_enqueue(engine *e, ul_session *listener, ul_session *s) noexcept nogil:

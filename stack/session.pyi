@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from ulnet.stack.engine import Engine
 
@@ -33,6 +33,7 @@ class Session:
     engine: Engine
     kind: int
     session_id: int  # the server's number for it; 0 while it has none
+    file: Any  # openfile.File: what duplicates of a socket share
 
     @property
     def local(self) -> tuple[str, int]: ...
@@ -106,6 +107,8 @@ class Session:
         self, *, local: tuple[str, int] | None = None, peer: tuple[str, int] | None = None, listening: bool | None = None
     ) -> None:
         """What another process, or a call to the server, made of a shared session: its names, that it listens."""
+    def leave(self) -> int:
+        """Of a shared session: close it here, but not its descriptor, which is the caller's from now on. EINVAL."""
     def announced(self) -> int | None:
         """Of a shared listener: the number of the next connection that waits, or None. CLAIM it."""
     def rebind(self, engine: Engine) -> None:

@@ -650,6 +650,23 @@ cdef class Session:
         if listening is not None:
             s.shared_as = ROLE_LISTEN if listening else ROLE_SHELL
 
+    def leave(self):
+        """Of a shared session: close it here, but not its descriptor, which is the caller's from now on."""
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        cdef int fd = -1
+        with self.shared_lock:
+            with nogil:
+                engine_lock(e)
+                if s.role == ROLE_SHARED and s.fd != NULL and not s.closing:
+                    fd = s.fd.user_fd
+                    s.fd.user_fd = -1
+                    session_close(e, s, False)
+                engine_unlock(e)
+        if fd < 0:
+            raise OSError(EINVAL, "the session is not shared")
+        return fd
+
     def announced(self):
         """Of a shared listener: the number of the next connection that waits, or None."""
         return shared_announced(self)

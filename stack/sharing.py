@@ -300,7 +300,7 @@ class Sharing(Attachment):
                     message = self._rpc(p.Call.FORK, p.Nothing())
                     forked = self._answer(message, p.Forked)
                     self._before = forked.heir, message.take_fds()[0]
-            except OSError as error:
+            except Exception as error:  # what is raised here would stop neither the fork nor the hooks after it
                 log.warning("open connections stay with the parent of this fork: %s", error)
         self._lock.acquire()
         super().before_fork()

@@ -61,6 +61,9 @@ cdef void fork_child(engine *e) noexcept nogil:
     e.contenders = 0
     engine_wait_end(e)                       # the event descriptors are the parent's, too
     engine_wait_init(e)
+    engine_wait_end(e)                       # and nobody sleeps here
+    e.wake_fd = -1
+    e.helper_fd = -1
     e.broken = 1
     e.stop = 1
     e.driving = 0

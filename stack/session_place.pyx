@@ -43,6 +43,12 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
 
 
+cdef void moved(engine *e, ul_session *s) noexcept nogil:
+    """Whoever watches s looks again, and finds it where it is now. Lock held; in both transitions."""
+    waiters_wake(e, s, 0xFF)
+    shared_wake(s)
+
+
 cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *o_fd) noexcept nogil:
     """From our own engine into the server. Lock held. 0 or a negative errno: nothing happened."""
     cdef readyfd *fd
@@ -112,9 +118,9 @@ cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *o
         c_shutdown(fd.user_fd, SHUT_WR)      # the server will find it so
     o_fd[0] = fd.our_fd
     fd.our_fd = -1
+    moved(e, s)
     if s.shared_wake >= 0:
         read(s.shared_wake, &junk, 8)
-    waiters_wake(e, s, 0xFF)
     if e.touched != NULL:
         engine_settle(e)
     return 0
@@ -193,7 +199,7 @@ cdef void steer(engine *e, ul_session *s, int o_fd) noexcept nogil:
     readyfd_regain(s.fd, o_fd)
     e.watched += 1
     readyfd_show(s.fd, session_ready(s))
-    shared_wake(s)
+    moved(e, s)
     session_touch(e, s)
     engine_settle(e)
     helper_wake(e)

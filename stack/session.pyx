@@ -355,20 +355,21 @@ cdef class Session:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int err = 0
-        if s.closing:
-            return -1
+        cdef int number = -1
         with nogil:
             engine_lock(e)
-            if s.fd == NULL:
+            if s.fd == NULL and not s.closing:
                 s.fd = readyfd_new(s.flow.proto == UL_IPPROTO_UDP, &err)
                 if s.fd != NULL:
                     e.watched += 1
                     readyfd_show(s.fd, session_ready(s))
                     helper_wake(e)         # from now on frames must be noticed at once
+            if s.fd != NULL:
+                number = s.fd.user_fd
             engine_unlock(e)
-        if s.fd == NULL:
+        if err < 0:
             fail(err)
-        return s.fd.user_fd
+        return number
 
     # ------------------------------------------------------------ names, state, options
 

@@ -16,8 +16,9 @@ from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
     ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
-    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_deadline, engine_free,
-    engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end, session_insert,
+    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP, USER_STAYED, engine, engine_deadline, engine_free,
+    engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end,
+    session_fd_free, session_insert,
     session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_fork cimport fork_child, fork_parent, fork_prepare, session_rebind
@@ -30,8 +31,8 @@ from ulnet.stack.engine_report cimport report_counters, report_sessions
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, helper_run, helper_wake, waiters_wake
 from ulnet.stack.metastate cimport Metastate
 from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
-from ulnet.stack.readyfd cimport readyfd_free
 from ulnet.stack.session cimport Session, fail, session_wrap
+from ulnet.stack.session_shared cimport shared_wake
 from ulnet.stack.statpage cimport StatPage, stat_take
 from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_isn, tcp_open, tcp_out, tcp_state
 from ulnet.stack.tcp_timer cimport tcp_done
@@ -198,6 +199,7 @@ cdef class Engine:
             s = e.all
             while s != NULL:
                 waiters_wake(e, s, 0xFF)
+                shared_wake(s)
                 s = s.all_next
             helper_wake(e)
             engine_unlock(e)
@@ -388,6 +390,8 @@ cdef class Engine:
             engine_lock(e)
             if listener.closing:
                 rc = -EBADF
+            elif listener.role == ROLE_STAYED:
+                rc = -USER_STAYED
             elif listener.role == ROLE_SHARED:
                 rc = 0                     # others announce its connections now
             elif listener.role != ROLE_LISTEN:
@@ -422,10 +426,7 @@ cdef class Engine:
             engine_tick(e)
             if not s.closing:
                 session_close(e, s, linger_abort)
-                if s.fd != NULL:
-                    e.watched -= 1
-                    readyfd_free(s.fd)
-                    s.fd = NULL
+                session_fd_free(e, s)
                 engine_settle(e)
             engine_left(e)
             engine_unlock(e)

@@ -169,10 +169,7 @@ cdef void session_unref(engine *e, ul_session *s) noexcept nogil:
     if s.refs:
         return
     session_end(e, s, 0)
-    if s.fd != NULL:
-        if not s.fd.surrendered:
-            e.watched -= 1
-        readyfd_free(s.fd)
+    session_fd_free(e, s)
     if s.shared_wake >= 0:
         close(s.shared_wake)
     if s.all_prev != NULL:
@@ -339,6 +336,7 @@ cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil:
                     session_unref(e, child)
                 child = nxt
     embryo_leave(e, s)
+    shared_wake(s)
     if s.tcp != NULL:
         tcp_free(&e.env, s.tcp)
         s.tcp = NULL
@@ -352,15 +350,23 @@ cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil:
         session_remove(e, s)               # may drop the last reference: nothing after it
 
 
+cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil:
+    if s.fd == NULL:
+        return
+    if not s.fd.surrendered:
+        e.watched -= 1
+    readyfd_free(s.fd)
+    s.fd = NULL
+
+
 cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil:
     """The user is done with it. TCP goes on by itself until it is CLOSED, then EVENT_GONE."""
     session_ref(s)
     s.closing = 1
     waiters_wake(e, s, 0xFF)               # they leave with EBADF
     shared_wake(s)
-    if s.role == ROLE_SHARED and s.fd != NULL:
-        readyfd_free(s.fd)                 # the kernel counts its copies: the last one's end is the session's
-        s.fd = NULL
+    if s.role == ROLE_SHARED:
+        session_fd_free(e, s)              # the kernel counts its copies: the last one's end is the session's
     if s.role == ROLE_TCP:
         if abort:
             tcp_abort(&e.env, s.tcp)

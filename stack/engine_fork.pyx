@@ -11,7 +11,7 @@ from libc.errno cimport EBADF, EBUSY, ENOMEM
 from libc.stdint cimport uint32_t
 from posix.unistd cimport close
 
-from ulnet.kernelshim.link cimport ul_link, ul_rx, ul_tx
+from ulnet.kernelshim.link cimport UL_LINK_EVACUATE, ul_link, ul_rx, ul_tx
 from ulnet.stack.buf cimport bufpool_evacuate, rxseg
 from ulnet.stack.engine_core cimport (
     HELPER_NONE, PHASE_CONNECTING, ROLE_ENDED, ROLE_FOREIGN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, engine,
@@ -57,10 +57,14 @@ cdef void fork_parent(engine *e) noexcept nogil:
 cdef void fork_child(engine *e) noexcept nogil:
     cdef ul_session *s
     cdef rxseg *seg
+    cdef bint ring = (e.link.features & UL_LINK_EVACUATE) != 0
     e.fork_depth = 0
     e.contenders = 0
     engine_wait_end(e)                       # the event descriptors are the parent's, too
     engine_wait_init(e)
+    engine_wait_end(e)                       # and nobody sleeps here
+    e.wake_fd = -1
+    e.helper_fd = -1
     e.broken = 1
     e.stop = 1
     e.driving = 0
@@ -76,7 +80,7 @@ cdef void fork_child(engine *e) noexcept nogil:
     no_link.mtu_bytes = e.link.mtu_bytes
     e.link = &no_link
     e.bufs.link = NULL                       # releasing a slot only drops memory
-    seg = e.bufs.held_head
+    seg = e.bufs.held_head if ring else NULL
     while seg != NULL:                       # what could not be moved to private memory is not there
         seg.len_bytes = 0
         seg = seg.held_next

@@ -12,11 +12,9 @@ from libc.string cimport memcpy, memset
 from ulnet.stack.buf cimport rxq_clear, rxq_push, rxqueue, rxseg, rxseg_new
 from ulnet.stack.engine_core cimport (
     PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine_tick, foreign_arm,
-    session_end, session_find,
-    session_insert, session_new, session_ref, session_touch, session_unref,
+    session_end, session_fd_free, session_find, session_insert, session_new, session_ref, session_touch, session_unref,
 )
 from ulnet.stack.engine_wait cimport waiters_wake
-from ulnet.stack.readyfd cimport readyfd_free
 from ulnet.stack.tcp cimport tcp_export, tcp_export_bytes, tcp_import
 from ulnet.stack.types cimport UL_IPPROTO_TCP
 
@@ -58,10 +56,7 @@ cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noe
     s.closing = 1
     waiters_wake(e, s, 0xFF)
     session_end(e, s, 0)
-    if s.fd != NULL:
-        e.watched -= 1
-        readyfd_free(s.fd)
-        s.fd = NULL
+    session_fd_free(e, s)
     foreign_add(e, &head.flow, s.id)
     session_unref(e, s)
     return 0

@@ -183,7 +183,13 @@ cdef readyfd *readyfd_new(bint datagram, int *err) noexcept nogil:
 
 
 cdef readyfd *readyfd_adopt(int user_fd, bint datagram) noexcept nogil:
-    cdef readyfd *r = <readyfd *>calloc(1, sizeof(readyfd))
+    cdef int err = 0
+    cdef readyfd *r
+    if fill_bytes[datagram] == 0:
+        readyfd_free(readyfd_new(datagram, &err))    # measures it
+    if fill_bytes[datagram] == 0:
+        return NULL
+    r = <readyfd *>calloc(1, sizeof(readyfd))
     if r != NULL:
         r.user_fd = user_fd
         r.our_fd = -1

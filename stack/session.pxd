@@ -1,7 +1,6 @@
 # One session as Python holds it, and the buffers it lends. Engine stands above: here it is only an object.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
-from ulnet.stack.buf cimport rxseg
 from ulnet.stack.engine_core cimport engine, ul_session
 from ulnet.stack.types cimport ul_addr
 
@@ -31,15 +30,6 @@ cdef class Session:
     cdef int sendall(self, const uint8_t *data, size_t n, object owner, int64_t timeout_ns, size_t *sent) except -1
     cdef Py_ssize_t send_some(self, const uint8_t *data, size_t n, object owner, bint all, int64_t timeout_ns,
                               size_t *done) except -1
-    # The same on U while the session is placed in the server; -USER_MINE: it is ours again.
-    cdef Py_ssize_t recv_shared(self, uint8_t *out, size_t n, int flags, int64_t deadline_ns, size_t *done) except? -1
-    cdef Py_ssize_t recvfrom_shared(self, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
-                                    ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except? -1
-    cdef Py_ssize_t send_shared(self, const uint8_t *data, size_t n, bint all, int64_t deadline_ns,
-                                size_t *done) except? -1
-    cdef Py_ssize_t sendto_shared(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
-                                  int64_t deadline_ns) except? -1
-    cdef int recv_seg_shared(self, size_t max_bytes, int64_t deadline_ns, rxseg **seg) except? -1
     # dst NULL: the connected peer. UDP. -EAGAIN for an unknown neighbour is handled by Engine.resolver.
     cdef Py_ssize_t sendto(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
                            int64_t timeout_ns) except -1

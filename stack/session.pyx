@@ -17,7 +17,7 @@ from ulnet.stack.engine_core cimport (
     ul_session,
 )
 from ulnet.stack.engine_user cimport (
-    USER_DONTWAIT, USER_RESOLVE, USER_TRUNC, user_recv, user_recv_seg, user_recvfrom, user_send, user_sendto, user_shutdown,
+    USER_DONTWAIT, USER_RESOLVE, user_recv, user_recv_seg, user_recvfrom, user_send, user_sendto, user_shutdown,
     user_wait,
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, helper_wake
@@ -25,8 +25,8 @@ from ulnet.stack.readyfd cimport readyfd_new, readyfd_show
 from ulnet.stack.session_place cimport shared_adopt, shared_begin, shared_end
 from ulnet.stack.session_options cimport option_get, option_set
 from ulnet.stack.session_shared cimport (
-    SHARED_RECV, SHARED_RECVFROM, SHARED_RECV_SEG, SHARED_SEND, SHARED_SENDTO, USER_MINE, shared_announced,
-    shared_call, shared_ours, shared_queues, shared_run, shared_shutdown, shared_wait,
+    USER_MINE, shared_announced, shared_ours, shared_queues, shared_recv, shared_recv_seg, shared_recvfrom, shared_send,
+    shared_sendto, shared_shutdown, shared_wait,
 )
 from ulnet.stack.tcp cimport tcp_so_error, tcp_stat, tcp_stat_get, tcp_state
 from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_IPPROTO_UDP, UL_RDHUP, addr_is_zero, ul_addr
@@ -179,7 +179,7 @@ cdef class Session:
             got = user_recv(e, s, out, n, flags, deadline, &done)
         while got == -EINTR or got == -USER_SHARED:
             if got == -USER_SHARED:
-                got = self.recv_shared(out, n, flags, deadline, &done)
+                got = shared_recv(self, out, n, flags, deadline, &done)
                 if got != -USER_MINE:
                     break
                 e = self.e
@@ -190,19 +190,6 @@ cdef class Session:
                 got = user_recv(e, s, out, n, flags, deadline, &done)
         if got < 0:
             raise_timed(got, timeout_ns)
-        return got
-
-    cdef Py_ssize_t recv_shared(self, uint8_t *out, size_t n, int flags, int64_t deadline_ns, size_t *done) except? -1:
-        cdef shared_call c
-        cdef Py_ssize_t got
-        memset(&c, 0, sizeof(c))
-        c.what = SHARED_RECVFROM if self.kind == UL_IPPROTO_UDP else SHARED_RECV
-        c.data = out
-        c.n = n
-        c.done = done[0]
-        c.flags = flags
-        got = shared_run(self, &c, deadline_ns)
-        done[0] = c.done
         return got
 
     cdef Py_ssize_t recvfrom(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns,
@@ -218,7 +205,7 @@ cdef class Session:
             with nogil:
                 got = user_recvfrom(e, s, out, n, flags, deadline, src, sport, full_bytes)
             if got == -USER_SHARED:
-                got = self.recvfrom_shared(out, n, flags, deadline, src, sport, full_bytes)
+                got = shared_recvfrom(self, out, n, flags, deadline, src, sport, full_bytes)
                 if got == -USER_MINE:
                     e = self.e
                     s = self.s
@@ -228,21 +215,6 @@ cdef class Session:
             PyErr_CheckSignals()
         if got < 0:
             raise_timed(got, timeout_ns)
-        return got
-
-    cdef Py_ssize_t recvfrom_shared(self, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
-                                    ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except? -1:
-        cdef shared_call c
-        cdef Py_ssize_t got
-        memset(&c, 0, sizeof(c))
-        c.what = SHARED_RECVFROM
-        c.data = out
-        c.n = n
-        c.flags = flags & ~USER_TRUNC        # the caller looks at full_bytes
-        got = shared_run(self, &c, deadline_ns)
-        src[0] = c.addr
-        sport[0] = c.port
-        full_bytes[0] = c.full_bytes
         return got
 
     cdef Py_ssize_t send_some(self, const uint8_t *data, size_t n, object owner, bint all, int64_t timeout_ns,
@@ -257,7 +229,7 @@ cdef class Session:
             got = user_send(e, s, data, n, held, all, deadline, done)
         while got == -EINTR or got == -USER_SHARED:
             if got == -USER_SHARED:
-                got = self.send_shared(data, n, all, deadline, done)
+                got = shared_send(self, data, n, all, deadline, done)
                 if got != -USER_MINE:
                     break
                 e = self.e
@@ -270,22 +242,6 @@ cdef class Session:
             self.engine.reap()
         if got < 0:
             raise_timed(got, timeout_ns)
-        return got
-
-    cdef Py_ssize_t send_shared(self, const uint8_t *data, size_t n, bint all, int64_t deadline_ns,
-                                size_t *done) except? -1:
-        cdef shared_call c
-        cdef Py_ssize_t got
-        memset(&c, 0, sizeof(c))
-        c.what = SHARED_SEND
-        c.data = <uint8_t *>data
-        c.n = n
-        c.all = all
-        c.done = done[0]
-        try:
-            got = shared_run(self, &c, deadline_ns)
-        finally:
-            done[0] = c.done
         return got
 
     cdef Py_ssize_t send(self, const uint8_t *data, size_t n, object owner, int flags, int64_t timeout_ns) except -1:
@@ -310,7 +266,7 @@ cdef class Session:
             with nogil:
                 got = user_sendto(e, s, data, n, dst, dport, deadline)
             if got == -USER_SHARED:
-                got = self.sendto_shared(data, n, dst, dport, deadline)
+                got = shared_sendto(self, data, n, dst, dport, deadline)
                 if got == -USER_MINE:
                     e = self.e
                     s = self.s
@@ -325,19 +281,6 @@ cdef class Session:
             raise_timed(got, timeout_ns)
         return got
 
-    cdef Py_ssize_t sendto_shared(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
-                                  int64_t deadline_ns) except? -1:
-        cdef shared_call c
-        memset(&c, 0, sizeof(c))
-        c.what = SHARED_SENDTO
-        c.data = <uint8_t *>data
-        c.n = n
-        if dst != NULL:
-            c.addr = dst[0]
-            c.port = dport
-            c.to = True
-        return shared_run(self, &c, deadline_ns)
-
     def recv_buffer(self, size_t max_bytes, int64_t timeout_ns=-1):
         """Up to max_bytes (TCP) or one datagram (UDP) as a Buffer; empty at end of file."""
         cdef engine *e = self.e
@@ -350,7 +293,7 @@ cdef class Session:
             with nogil:
                 seg = user_recv_seg(e, s, max_bytes, deadline, &err)
             if seg == NULL and err == -USER_SHARED:
-                err = self.recv_seg_shared(max_bytes, deadline, &seg)
+                err = shared_recv_seg(self, max_bytes, deadline, &seg)
                 e = self.e
                 s = self.s
                 if err == -USER_MINE:
@@ -369,16 +312,6 @@ cdef class Session:
         if self.kind == UL_IPPROTO_UDP:
             b.address = (addr_to_text(&seg.raddr), seg.rport)
         return b
-
-    cdef int recv_seg_shared(self, size_t max_bytes, int64_t deadline_ns, rxseg **seg) except? -1:
-        cdef shared_call c
-        cdef Py_ssize_t got
-        memset(&c, 0, sizeof(c))
-        c.what = SHARED_RECV_SEG
-        c.n = max_bytes
-        got = shared_run(self, &c, deadline_ns)
-        seg[0] = c.seg
-        return <int>got if got < 0 else 0
 
     # ------------------------------------------------------------ readiness
 
@@ -422,20 +355,21 @@ cdef class Session:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int err = 0
-        if s.closing:
-            return -1
+        cdef int number = -1
         with nogil:
             engine_lock(e)
-            if s.fd == NULL:
+            if s.fd == NULL and not s.closing:
                 s.fd = readyfd_new(s.flow.proto == UL_IPPROTO_UDP, &err)
                 if s.fd != NULL:
                     e.watched += 1
                     readyfd_show(s.fd, session_ready(s))
                     helper_wake(e)         # from now on frames must be noticed at once
+            if s.fd != NULL:
+                number = s.fd.user_fd
             engine_unlock(e)
-        if s.fd == NULL:
+        if err < 0:
             fail(err)
-        return s.fd.user_fd
+        return number
 
     # ------------------------------------------------------------ names, state, options
 

@@ -43,7 +43,13 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
 
 
-cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *o_fd) noexcept nogil:
+cdef void moved(engine *e, ul_session *s) noexcept nogil:
+    """Whoever watches s looks again, and finds it where it is now. Lock held; in both transitions."""
+    waiters_wake(e, s, 0xFF)
+    shared_wake(s)
+
+
+cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u_fd, int *o_fd) noexcept nogil:
     """From our own engine into the server. Lock held. 0 or a negative errno: nothing happened."""
     cdef readyfd *fd
     cdef uint8_t role = s.role
@@ -110,11 +116,12 @@ cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *o
     s.shared_shut_wr = shut_wr
     if shut_wr:
         c_shutdown(fd.user_fd, SHUT_WR)      # the server will find it so
+    u_fd[0] = fd.user_fd
     o_fd[0] = fd.our_fd
     fd.our_fd = -1
+    moved(e, s)
     if s.shared_wake >= 0:
         read(s.shared_wake, &junk, 8)
-    waiters_wake(e, s, 0xFF)
     if e.touched != NULL:
         engine_settle(e)
     return 0
@@ -125,6 +132,7 @@ cdef tuple shared_begin(Session session):
     cdef ul_session *s
     cdef uint8_t *out = NULL
     cdef size_t n = 0
+    cdef int u_fd = -1
     cdef int o_fd = -1
     cdef int rc
     with session.shared_lock:
@@ -132,14 +140,14 @@ cdef tuple shared_begin(Session session):
         s = session.s
         with nogil:
             engine_lock(e)
-            rc = shared_leave(e, s, &out, &n, &o_fd)
+            rc = shared_leave(e, s, &out, &n, &u_fd, &o_fd)
             engine_unlock(e)
         if rc < 0:
             fail(rc)
         if e.bufs.dead != NULL:
             session.engine.reap()
         try:
-            return s.fd.user_fd, o_fd, PyBytes_FromStringAndSize(<char *>out, n) if out != NULL else None
+            return u_fd, o_fd, PyBytes_FromStringAndSize(<char *>out, n) if out != NULL else None
         finally:
             free(out)
 
@@ -193,7 +201,7 @@ cdef void steer(engine *e, ul_session *s, int o_fd) noexcept nogil:
     readyfd_regain(s.fd, o_fd)
     e.watched += 1
     readyfd_show(s.fd, session_ready(s))
-    shared_wake(s)
+    moved(e, s)
     session_touch(e, s)
     engine_settle(e)
     helper_wake(e)

@@ -36,6 +36,17 @@ cdef uint32_t shared_ready(const ul_session *s) noexcept nogil
 cdef void shared_wake(ul_session *s) noexcept nogil
 # The call, with its waits: >= 0, a negative errno, or -USER_MINE.
 cdef Py_ssize_t shared_run(Session session, shared_call *c, int64_t deadline_ns) except? -1
+# A Session's calls, as session.pxd has them.
+cdef Py_ssize_t shared_recv(Session session, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
+                            size_t *done) except? -1
+cdef Py_ssize_t shared_recvfrom(Session session, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
+                                ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except? -1
+cdef Py_ssize_t shared_send(Session session, const uint8_t *data, size_t n, bint all, int64_t deadline_ns,
+                            size_t *done) except? -1
+cdef Py_ssize_t shared_sendto(Session session, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
+                              int64_t deadline_ns) except? -1
+# 0 and *seg, lent, or NULL at end of file.
+cdef int shared_recv_seg(Session session, size_t max_bytes, int64_t deadline_ns, rxseg **seg) except? -1
 # Ready bits of mask (or ERROR, HUP), 0 at the deadline, or -USER_MINE.
 cdef int shared_wait(Session session, uint32_t mask, int64_t deadline_ns) except? -1
 cdef int shared_shutdown(Session session, int how) except? -1

@@ -9,7 +9,7 @@ A datagram on the pair is 18 bytes (address, port big-endian) and its payload.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, ECONNRESET, EDESTADDRREQ, EINTR, EMSGSIZE, ENOMEM, ENOTCONN, EPIPE, errno
+from libc.errno cimport EAGAIN, EBADF, ECONNRESET, EDESTADDRREQ, EINTR, EMSGSIZE, ENOMEM, ENOTCONN, EPIPE, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.time cimport timespec
@@ -263,9 +263,9 @@ cdef int pause_on(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns) 
         if left <= 0:
             return -EAGAIN
     engine_lock(e)
-    if not usable(s):
+    if not usable(s) or (e.stop and not e.broken):
         engine_unlock(e)
-        return 0
+        return 0 if not usable(s) else -EBADF
     if s.shared_wake < 0:
         s.shared_wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
     fds[0].fd = s.fd.user_fd
@@ -364,6 +364,78 @@ cdef Py_ssize_t shared_run(Session session, shared_call *c, int64_t deadline_ns)
         if (got == 0 and want == UL_READABLE) or got == -EPIPE or got == -ECONNRESET:
             return ended(session, got)
         return got
+
+
+cdef Py_ssize_t shared_recv(Session session, uint8_t *out, size_t n, int flags, int64_t deadline_ns, size_t *done) except? -1:
+    cdef shared_call c
+    cdef Py_ssize_t got
+    memset(&c, 0, sizeof(c))
+    c.what = SHARED_RECVFROM if session.kind == UL_IPPROTO_UDP else SHARED_RECV
+    c.data = out
+    c.n = n
+    c.done = done[0]
+    c.flags = flags
+    got = shared_run(session, &c, deadline_ns)
+    done[0] = c.done
+    return got
+
+
+cdef Py_ssize_t shared_recvfrom(Session session, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
+                                ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except? -1:
+    cdef shared_call c
+    cdef Py_ssize_t got
+    memset(&c, 0, sizeof(c))
+    c.what = SHARED_RECVFROM
+    c.data = out
+    c.n = n
+    c.flags = flags & ~USER_TRUNC        # the caller looks at full_bytes
+    got = shared_run(session, &c, deadline_ns)
+    src[0] = c.addr
+    sport[0] = c.port
+    full_bytes[0] = c.full_bytes
+    return got
+
+
+cdef Py_ssize_t shared_send(Session session, const uint8_t *data, size_t n, bint all, int64_t deadline_ns,
+                            size_t *done) except? -1:
+    cdef shared_call c
+    cdef Py_ssize_t got
+    memset(&c, 0, sizeof(c))
+    c.what = SHARED_SEND
+    c.data = <uint8_t *>data
+    c.n = n
+    c.all = all
+    c.done = done[0]
+    try:
+        got = shared_run(session, &c, deadline_ns)
+    finally:
+        done[0] = c.done
+    return got
+
+
+cdef Py_ssize_t shared_sendto(Session session, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
+                              int64_t deadline_ns) except? -1:
+    cdef shared_call c
+    memset(&c, 0, sizeof(c))
+    c.what = SHARED_SENDTO
+    c.data = <uint8_t *>data
+    c.n = n
+    if dst != NULL:
+        c.addr = dst[0]
+        c.port = dport
+        c.to = True
+    return shared_run(session, &c, deadline_ns)
+
+
+cdef int shared_recv_seg(Session session, size_t max_bytes, int64_t deadline_ns, rxseg **seg) except? -1:
+    cdef shared_call c
+    cdef Py_ssize_t got
+    memset(&c, 0, sizeof(c))
+    c.what = SHARED_RECV_SEG
+    c.n = max_bytes
+    got = shared_run(session, &c, deadline_ns)
+    seg[0] = c.seg
+    return <int>got if got < 0 else 0
 
 
 cdef int shared_wait(Session session, uint32_t mask, int64_t deadline_ns) except? -1:

@@ -191,14 +191,15 @@ class SessionTable:
         for frame in frames:
             flow = flow_of_stray(frame)
             record = self._record_of(flow)
-            if record is not None and record.owner is app and len(record.early) < EARLY_FRAMES:
+            lately = record is not None and record.former.get(app.serial, 0) > time.monotonic_ns()
+            if record is not None and record.owner is app and not lately and len(record.early) < EARLY_FRAMES:
                 record.early.append(frame)
-            elif record is None or record.former.get(app.serial, 0) < time.monotonic_ns():
+            elif record is None or not lately:
                 self.counters["strays_refused"] += 1
             elif record.owner is None:
                 self.counters["strays_in"] += 1
                 self.engine.inject(frame)
-            else:  # another application has it now
+            else:  # another application has it now, or the same one again
                 self.counters["strays_out"] += 1
                 self._forward(record.owner, [frame])
 

@@ -1,7 +1,7 @@
 """Sessions placed in the server, reached by several processes through one descriptor (SOSP 1993 section 3.2: fork).
 
-Call order: ``share`` (or ``requeue``), then the holders' calls (``hold``, ``release``, ``fork``, ``claim``, ``publish``,
-``status``, ``option``); ``promote`` ends it for the last holder, the hang-up of the descriptor for good.
+Call order: ``share`` (or ``requeue``), then the holders' calls (``hold``, ``release``, ``fork``, ``claim``,
+``publish``, ``status``, ``option``); ``promote`` ends it for the last holder, the descriptor's hang-up for good.
 
 A shared session has no owner but holders: applications, and heirs (children that have not attached yet). Who holds it
 was its owner, was forked while its parent held it, or has shown its descriptor. The kernel counts the copies of that;
@@ -608,7 +608,7 @@ class SharedTable(SessionTable):
 
     def totals(self) -> dict[str, Any]:
         """With the sizes of the tables here."""
-        shared = sum(record.share is not None for record in self.records.values())
+        shared = sum(r.share is not None and r.share.relay is not None for r in self.records.values())
         return super().totals() | {"shared": shared, "heirs": len(self.heirs)}
 
     def relayed(self) -> dict[str, int]:

@@ -66,7 +66,7 @@ class Calls:
             p.Call.REQUEUE: self._requeue,
             p.Call.FORK: self._fork,
             p.Call.HOLD: self._hold,
-            p.Call.RELEASE: lambda app, record, message: self.table.release(app, record.session, abort=record.abort),
+            p.Call.RELEASE: self._release,
             p.Call.PROMOTE: self._promote,
             p.Call.CLAIM: self._claim,
             p.Call.PUBLISH: self._publish,
@@ -303,6 +303,13 @@ class Calls:
 
     def _hold(self, app: Application, request: p.Nothing, message: Message) -> None:
         self._reply(message, self.table.info(self.table.hold(app, message.fds)))
+
+    def _release(self, app: Application, request: p.Release, message: Message) -> None:
+        self.table.release(app, request.session, abort=request.abort)
+        if message.remote:  # the library waits, so that the name is free when its close() returns
+            self.table.run_relays()
+            self.table.drive()
+            self._reply(message, p.Status(0))
 
     def _promote(self, app: Application, request: p.Shared, message: Message) -> None:
         def reply(state: bytes | None, fd: int) -> None:

@@ -68,10 +68,10 @@ def _row(record: SessionRecord) -> dict[str, Any]:
 def _owner(record: SessionRecord) -> dict[str, Any] | None:
     if record.owner is not None:
         return {"pid": record.owner.pid, "name": record.owner.name}
-    if record.share is not None:
-        pids = sorted({holder.pid for holder in record.share.holders})
-        return {"pid": pids[0] if pids else 0, "name": f"shared: {len(record.share.holders)}"}
-    return None
+    share = record.share
+    if share is None or (share.relay is None and not share.holders):
+        return None
+    return {"pid": min((holder.pid for holder in share.holders), default=0), "name": f"shared: {len(share.holders)}"}
 
 
 def _unrecorded(figures: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class NetServer:
         preflight.check_socket_path(self.path)
         self._stopping = False
         self._status = 0
+        preflight.raise_descriptor_limit()
         with ExitStack() as undo:
             undo.callback(preflight.claim_address(self.address).close)
             if probe and self.interface.up:
@@ -104,7 +105,7 @@ class NetServer:
         undo.callback(os.close, self._wake_w)
         self._poll = select.poll()
         table = self.calls.table
-        descriptors = (self.hub, self.link, self.watch, table.relays, table.lifelines)
+        descriptors = (self.hub, self.link, self.watch, table.relays, table.heirs)
         for fd in (*(part.fileno() for part in descriptors), self._wake_r):
             self._poll.register(fd, select.POLLIN)
         self.calls.start(self._counters)
@@ -163,15 +164,17 @@ class NetServer:
             os.read(self._wake_r, 4096)
         table = self.calls.table
         self.engine.poll()
-        table.run_relays()
+        if table.relays.fileno() in ready or table.wait_s() is not None:
+            table.run_relays()
         table.drive()
-        if table.lifelines.fileno() in ready:
+        if table.heirs.fileno() in ready:
             table.look_at_lifelines()
         if self.hub.fileno() in ready:
             self.hub.poll(0)
             # A call may have left events of its own (a connection to this very address is there at once).
             self.engine.poll()
-            table.run_relays()
+            if table.relays.pending:
+                table.run_relays()
             table.drive()
         self.resolver.check()
         if self.watch.fileno() in ready:

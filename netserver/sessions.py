@@ -15,11 +15,11 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from ipaddress import IPv4Address
 from typing import Any, Final
 
 from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.guard import Guard
+from ulnet.netserver.flows import flow_of_stray, wire
 from ulnet.netserver.records import TCP, UDP, Application, Flow, Place, Refusal, SessionRecord
 from ulnet.stack import protocol as p
 from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine
@@ -191,14 +191,15 @@ class SessionTable:
         for frame in frames:
             flow = flow_of_stray(frame)
             record = self._record_of(flow)
-            if record is not None and record.owner is app and len(record.early) < EARLY_FRAMES:
+            lately = record is not None and record.former.get(app.serial, 0) > time.monotonic_ns()
+            if record is not None and record.owner is app and not lately and len(record.early) < EARLY_FRAMES:
                 record.early.append(frame)
-            elif record is None or record.former.get(app.serial, 0) < time.monotonic_ns():
+            elif record is None or not lately:
                 self.counters["strays_refused"] += 1
             elif record.owner is None:
                 self.counters["strays_in"] += 1
                 self.engine.inject(frame)
-            else:  # another application has it now
+            else:  # another application has it now, or the same one again
                 self.counters["strays_out"] += 1
                 self._forward(record.owner, [frame])
 
@@ -366,7 +367,7 @@ class SessionTable:
             self._turn_back(record)
         elif record.flow is not None:
             # It stays in the map: another holder of the port may take datagrams from everybody.
-            self.demux.move_flow(*_wire(record.flow), 0)
+            self.demux.move_flow(*wire(record.flow), 0)
         self._unguard(record)
         record.owner = None
         record.former[app.serial] = time.monotonic_ns() + FORMER_NS
@@ -427,8 +428,8 @@ class SessionTable:
             assert record.engine_session is not None
             self.engine.open_udp(record.engine_session, record.laddr, record.lport, *peer)
         self._forget_foreign(record)
-        self.demux.add_flow(*_wire(key), self._channel(record))
-        self.demux.remove_flow(*_wire(old))
+        self.demux.add_flow(*wire(key), self._channel(record))
+        self.demux.remove_flow(*wire(old))
         self._flows.pop(old, None)
         record.peer = peer
         record.flow = key
@@ -436,13 +437,13 @@ class SessionTable:
 
     def _turn(self, record: SessionRecord) -> None:
         lead = self.demux.add_flow if record.flow is None else self.demux.move_flow
-        lead(*_wire(record.key), self._channel(record))
+        lead(*wire(record.key), self._channel(record))
         record.flow = record.key
 
     def _turn_back(self, record: SessionRecord) -> None:
         if record.flow is not None:
             flow, record.flow = record.flow, None
-            self.demux.remove_flow(*_wire(flow))
+            self.demux.remove_flow(*wire(flow))
 
     def _channel(self, record: SessionRecord) -> int:
         return record.owner.channel.channel_id if record.owner is not None else 0
@@ -585,31 +586,3 @@ class SessionTable:
             "quarantined": len(self.ports.quarantined()),
             "engine_flows": self.engine.counters()["flows"],
         }
-
-
-def _wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:
-    """A flow as the demultiplexer wants it."""
-    protocol, laddr, lport, raddr, rport = flow
-    return protocol, IPv4Address(laddr), lport, IPv4Address(raddr) if raddr else None, rport
-
-
-def flow_of_stray(stray: bytes) -> Flow | None:
-    """The flow of a stray, as its receiver sees it; None unless it is TCP or UDP over IPv4 over Ethernet."""
-    frame = stray[p.STRAY_HEAD : p.STRAY_HEAD + 14 + 60 + 4]
-    if (
-        len(frame) < 38
-        or len(stray) > p.STRAY_HEAD + p.MAX_FRAME_BYTES
-        or frame[12:14] != b"\x08\x00"
-        or frame[14] >> 4 != 4
-    ):
-        return None
-    transport = 14 + (frame[14] & 15) * 4
-    if frame[23] not in (TCP, UDP) or len(frame) < transport + 4 or transport < 34:
-        return None
-    if int.from_bytes(frame[20:22], "big") & 0x1FFF:
-        return None  # a later fragment has no ports
-    source = ".".join(map(str, frame[26:30]))
-    destination = ".".join(map(str, frame[30:34]))
-    sport = int.from_bytes(frame[transport : transport + 2], "big")
-    dport = int.from_bytes(frame[transport + 2 : transport + 4], "big")
-    return frame[23], destination, dport, source, sport

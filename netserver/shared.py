@@ -1,7 +1,7 @@
 """Sessions placed in the server, reached by several processes through one descriptor (SOSP 1993 section 3.2: fork).
 
-Call order: ``share`` (or ``requeue``), then the holders' calls (``hold``, ``release``, ``fork``, ``claim``, ``publish``,
-``status``, ``option``); ``promote`` ends it for the last holder, the hang-up of the descriptor for good.
+Call order: ``share`` (or ``requeue``), then the holders' calls (``hold``, ``release``, ``fork``, ``claim``,
+``publish``, ``status``, ``option``); ``promote`` ends it for the last holder, the descriptor's hang-up for good.
 
 A shared session has no owner but holders: applications, and heirs (children that have not attached yet). Who holds it
 was its owner, was forked while its parent held it, or has shown its descriptor. The kernel counts the copies of that;
@@ -13,15 +13,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import secrets
-import select
 import socket
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from ulnet.netserver.heirs import Heirs
 from ulnet.netserver.records import TCP, Application, Heir, Holder, Place, Refusal, SessionRecord, Share
 from ulnet.netserver.sessions import SESSIONS_PER_APPLICATION, SessionTable
 from ulnet.stack import protocol as p
@@ -31,14 +31,11 @@ from ulnet.stack.session import STATES, Session
 
 log = logging.getLogger("ulnet.netserver")
 
-SHARES_PER_USER: Final = 16_384  # each is a descriptor of the server's
-HEIRS_PER_APPLICATION: Final = 1024
-HEIRS_PER_USER: Final = 4096
-HOLDS_PER_APPLICATION: Final = 1 << 18  # of its heirs together: memory
+SHARES_PER_USER: Final = 4096  # each is a descriptor and up to some megabytes of the server's
+BUFFER_MAX_BYTES: Final = 8 << 20  # of a shared session, each way: the memory is the server's
 TRANSIT_MAX: Final = 1 << 16
 CLAIM_NS: Final = 5_000_000_000  # who has read an announcement claims it at once, or has died
 CHECK_NS: Final = 1_000_000_000
-RELEASES_A_TURN: Final = 256
 
 
 class SharedTable(SessionTable):
@@ -47,10 +44,9 @@ class SharedTable(SessionTable):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.relays = Relays(self.engine)
-        self.lifelines = select.epoll()
-        self.heirs: dict[int, Heir] = {}  # by token
-        self._by_lifeline: dict[int, Heir] = {}
+        self.heirs = Heirs()
         self._pairs: dict[tuple[int, int], SessionRecord] = {}
+        self._by_user: Counter[int] = Counter()  # shared sessions
         self._unclaimed: dict[SessionRecord, None] = {}  # listeners with announcements
         self._checked_ns = 0
         self._retry_ms = 0
@@ -60,10 +56,8 @@ class SharedTable(SessionTable):
         for record in list(self.records.values()):
             if record.share is not None and record.share.relay is not None:
                 record.share.relay.close()
-        for heir in self.heirs.values():
-            heir.lifeline.close()
         self.relays.close()
-        self.lifelines.close()
+        self.heirs.close()
 
     # -- into the server and back --------------------------------------------------------------
 
@@ -90,7 +84,7 @@ class SharedTable(SessionTable):
         if known is not None and known.share is not None and known.share.relay is not None:
             raise Refusal(errno.EINVAL, "the descriptor is another session's", violation=True)
         uid = app.sender.uid
-        if uid and sum(r.share is not None and r.share.uid == uid for r in self._pairs.values()) >= SHARES_PER_USER:
+        if uid and self._by_user[uid] >= SHARES_PER_USER:
             raise Refusal(errno.EMFILE, f"{SHARES_PER_USER} sessions of user {uid} are shared already")
         if (state is not None) != (record.place is Place.APPLICATION):
             raise Refusal(
@@ -99,6 +93,7 @@ class SharedTable(SessionTable):
         if record.place is Place.APPLICATION:
             assert state is not None
             record.engine_session = self._import(app, record, state)
+            _bound(record.engine_session)
         elif record.place is Place.NAMED:
             record.engine_session = self._shell(record)
         elif record.place is not Place.LISTENING:
@@ -109,8 +104,8 @@ class SharedTable(SessionTable):
         # Before the relay: should that fail, the session is ended as what it is now.
         record.share = Share(what, pair, uid, None, {app})
         self._pairs[pair] = record
-        if record.place is Place.SHARED:
-            self._replay_early(record)
+        self._by_user[uid] += 1
+        self._replay_early(record)
         record.share.relay = self._relay(record, os.dup(fds[1]))
         self.counters["shared"] += 1
         if what is Place.LISTENING:
@@ -183,6 +178,9 @@ class SharedTable(SessionTable):
         share, record.share = record.share, None
         if share is None:
             return
+        self._by_user[share.uid] -= 1
+        if not self._by_user[share.uid]:
+            del self._by_user[share.uid]
         if self._pairs.get(share.pair) is record:
             del self._pairs[share.pair]
         self._unclaimed.pop(record, None)
@@ -357,22 +355,11 @@ class SharedTable(SessionTable):
     def fork(self, app: Application) -> tuple[Heir, socket.socket]:
         """An heir to everything the application shares now, and the child's end of its lifeline."""
         shared = [record for record in app.sessions.values() if record.share is not None]
-        heirs = [heir for heir in self.heirs.values() if heir.uid == app.sender.uid]
-        own = [heir for heir in heirs if heir.pid == app.pid]
-        if len(own) >= HEIRS_PER_APPLICATION or (app.sender.uid and len(heirs) >= HEIRS_PER_USER):
-            raise Refusal(errno.EAGAIN, f"{len(own)} children have not attached yet: too many")
-        if sum(len(heir.sessions) for heir in own) + len(shared) > HOLDS_PER_APPLICATION:
-            raise Refusal(errno.EAGAIN, "too many children hold too many sessions")
-        lifeline, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        lifeline.setblocking(False)
-        heir = Heir(secrets.randbits(63) | 1 << 63, app.pid, app.sender.uid, lifeline)
+        heir, lifeline = self.heirs.make(app, len(shared))
         for record in shared:
             self._add(heir, record)
-        self.heirs[heir.token] = heir
-        self._by_lifeline[lifeline.fileno()] = heir
-        self.lifelines.register(lifeline.fileno(), select.EPOLLIN)
         self.counters["forks"] += 1
-        return heir, theirs
+        return heir, lifeline
 
     def adopt(self, app: Application, token: int) -> None:
         """A forked child has attached: it takes over what its heir holds still."""
@@ -380,35 +367,21 @@ class SharedTable(SessionTable):
         if heir is None:
             self.counters["heirs_unknown"] += 1
             return
-        for record in list(heir.sessions.values()):
+        for record in heir.sessions.values():
             self._add(app, record)
         self._end_heir(heir)
         self.counters["adopted"] += 1
 
     def look_at_lifelines(self) -> None:
         """Children say what they have closed, or end."""
-        for fd, _ in self.lifelines.poll(0):
-            heir = self._by_lifeline[fd]
-            for _ in range(RELEASES_A_TURN):
-                try:
-                    packet = heir.lifeline.recv(64)
-                except BlockingIOError:
-                    break
-                except OSError:
-                    packet = b""
-                if not packet:
-                    self._end_heir(heir)
-                    break
-                if len(packet) == 8:
-                    self.release(heir, int.from_bytes(packet, "little"))
+        for heir, number in self.heirs.news():
+            if number is None:
+                self._end_heir(heir)
+            else:
+                self.release(heir, number)
 
     def _end_heir(self, heir: Heir) -> None:
-        if self.heirs.pop(heir.token, None) is None:
-            return
-        fd = heir.lifeline.fileno()
-        self.lifelines.unregister(fd)
-        del self._by_lifeline[fd]
-        heir.lifeline.close()
+        self.heirs.end(heir)
         for number in list(heir.sessions):
             self.release(heir, number)
 
@@ -512,6 +485,7 @@ class SharedTable(SessionTable):
             raise Refusal(errno.EINVAL, "it has ended")
         if request.change:
             session.setopt(request.level, request.name, request.value)
+            _bound(session)
             return request.value
         return session.getopt(request.level, request.name)
 
@@ -608,7 +582,7 @@ class SharedTable(SessionTable):
 
     def totals(self) -> dict[str, Any]:
         """With the sizes of the tables here."""
-        shared = sum(record.share is not None for record in self.records.values())
+        shared = sum(r.share is not None and r.share.relay is not None for r in self.records.values())
         return super().totals() | {"shared": shared, "heirs": len(self.heirs)}
 
     def relayed(self) -> dict[str, int]:
@@ -619,6 +593,12 @@ class SharedTable(SessionTable):
                 for name, value in record.share.relay.counters().items():
                     total[f"relay_{name}"] = total.get(f"relay_{name}", 0) + value
         return total
+
+
+def _bound(session: Session) -> None:
+    for name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        if session.getopt(socket.SOL_SOCKET, name) > BUFFER_MAX_BYTES:
+            session.setopt(socket.SOL_SOCKET, name, BUFFER_MAX_BYTES)
 
 
 def _identity(fd: int, kind: int) -> tuple[int, int]:

@@ -16,7 +16,9 @@ import errno
 import logging
 import os
 import select
+from abc import abstractmethod
 from collections import Counter
+from multiprocessing import util
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
 
@@ -56,6 +58,8 @@ class Sharing(Attachment):
         self._inherited: list[Any] = []  # a parent's tasks: nothing of theirs may be ended here
         self._attach()
         forking.watch(self)
+        # Workers of multiprocessing end by os._exit(), after finalizers of their own kind.
+        util.register_after_fork(self, lambda me: util.Finalize(None, me._at_exit, exitpriority=-100))
 
     def _prepare_engine(self, engine: Engine) -> None:
         engine.on_shared = self._on_shared
@@ -92,6 +96,10 @@ class Sharing(Attachment):
         """See Host."""
         self._check()
         return super().socket(kind)
+
+    @abstractmethod
+    def _at_exit(self) -> None:
+        """This process ends in good order."""
 
     # -- to the server -------------------------------------------------------------------------
 

@@ -59,11 +59,10 @@ def _open(
             return _Dispatch.make(socket, family, type, proto, host=host)
         return KernelSocket(family, type, proto)
     if family in (-1, _AF_INET) and is_unix(fileno):
-        try:
-            return _Dispatch.make(socket, fileno=fileno)
-        except OSError as error:
-            if error.errno != errno.ENOTSOCK:
-                raise
+        sock = _Dispatch.make(socket, fileno=fileno)
+        if is_ours(sock):
+            return sock
+        fileno = sock.detach()
     return KernelSocket(family, type, proto, fileno)
 
 

@@ -17,9 +17,10 @@ import socket
 import ssl  # before anything is replaced: ssl.SSLSocket stays derived from the kernel's class
 import sys
 from collections.abc import Callable
+from multiprocessing import reduction  # it registers the kernel's class under the name it finds
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ulnet.stack import dispatch, proxy, resolve, tls  # noqa: F401 (proxy: it must know the true modules)
 from ulnet.stack import socket as _ulnet
@@ -54,6 +55,7 @@ def install(*, children: bool = True) -> None:
     _replace(os, "sendfile", _sendfile)
     for module in (select, selectors):
         _take_names(module)
+    _teach_pickling()
     if children:
         _reach_children()
 
@@ -111,6 +113,15 @@ def _own(module: ModuleType) -> ModuleType | None:
         return importlib.import_module(f"ulnet.stack.{module.__name__}")
     except ModuleNotFoundError:
         return None  # our descriptors tell the standard ones the truth
+
+
+def _teach_pickling() -> None:
+    """multiprocessing carries sockets by their exact class: those of the patch like the classes they stand for."""
+    known = cast(Any, reduction.ForkingPickler)._extra_reducers
+    reduction.register(dispatch.Held, known[dispatch.KernelSocket])
+    plain = known.get(_ulnet.socket)
+    if plain is not None:
+        reduction.register(dispatch.socket, lambda sock: (dispatch.rebuild, plain(sock)))
 
 
 # -- functions of the socket module that take descriptors ------------------------------------------

@@ -49,13 +49,13 @@ def install(*, children: bool = True) -> None:
     for module in (select, selectors):
         _own(module)  # before it could see the patched one
     _set_aside((socket, ssl, select, selectors))
+    _teach_pickling()
     for name, value in _socket_names().items():
         _replace(socket, name, value)
     _replace(ssl.SSLContext, "sslsocket_class", tls.Choice)
     _replace(os, "sendfile", _sendfile)
     for module in (select, selectors):
         _take_names(module)
-    _teach_pickling()
     if children:
         _reach_children()
 

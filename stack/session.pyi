@@ -103,7 +103,11 @@ class Session:
         """A fresh shell becomes a shared session around U, which comes from elsewhere and is taken over. ``named``:
         it is neither open nor listening. OSError EISCONN: no shell; ENOTSOCK, EPROTOTYPE: no pair of this kind."""
     def set_shared(
-        self, *, local: tuple[str, int] | None = None, peer: tuple[str, int] | None = None, listening: bool | None = None
+        self,
+        *,
+        local: tuple[str, int] | None = None,
+        peer: tuple[str, int] | None = None,
+        listening: bool | None = None,
     ) -> None:
         """What another process, or a call to the server, made of a shared session: its names, that it listens."""
     def announced(self) -> int | None:

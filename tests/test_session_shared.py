@@ -724,5 +724,6 @@ def test_transitions_leak_nothing(joined: Joined) -> None:
         for _ in range(100):
             round_trip()
         counters = session.engine.counters()
-        counts.append((len(os.listdir("/proc/self/fd")), counters["buf_held"], counters["buf_lent"], threading.active_count()))
+        held = counters["buf_held"], counters["buf_lent"]
+        counts.append((len(os.listdir("/proc/self/fd")), held, threading.active_count()))
     assert all(a == b for a, b in pairwise(counts))

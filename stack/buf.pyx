@@ -367,6 +367,21 @@ cdef size_t rxq_read(bufpool *p, rxqueue *q, uint8_t *out, size_t n, bint peek) 
     return done
 
 
+cdef void rxq_drop(bufpool *p, rxqueue *q, size_t n) noexcept nogil:
+    cdef rxseg *s
+    while n:
+        s = q.head
+        if n >= s.len_bytes:
+            n -= s.len_bytes
+            rxseg_free(p, rxq_pop(q))
+        else:
+            s.data += n
+            s.len_bytes -= <uint32_t>n
+            s.seq += <uint32_t>n
+            q.len_bytes -= n
+            return
+
+
 cdef rxseg *rxq_take(bufpool *p, rxqueue *q, size_t max_bytes) noexcept nogil:
     cdef rxseg *s = q.head
     cdef rxseg *rest
@@ -512,6 +527,26 @@ cdef int txq_append_hold(bufpool *p, txqueue *q, const uint8_t *data, size_t n, 
         data += part
         n -= part
     return 0
+
+
+cdef txchunk *txchunk_new(bufpool *p) noexcept nogil:
+    cdef int cls = class_of(SUPER_BYTES)
+    cdef txchunk *c = <txchunk *>block_get(p, cls, SUPER_BYTES)
+    if c != NULL:
+        memset(c, 0, sizeof(txchunk))
+        c.block_class = <uint8_t>cls
+        c.cap_bytes = class_room(cls)
+        c.data = <uint8_t *>c + HEADER_BYTES
+    return c
+
+
+cdef void txq_append_chunk(txqueue *q, txchunk *c) noexcept nogil:
+    txq_push(q, c)
+    q.len_bytes += c.len_bytes
+
+
+cdef void txchunk_free(bufpool *p, txchunk *c) noexcept nogil:
+    block_put(p, c.block_class, c)
 
 
 cdef void txq_drop(bufpool *p, txqueue *q, uint64_t n) noexcept nogil:

@@ -19,6 +19,7 @@ EV_CONNECTED: Final = 1  # an active open reached ESTABLISHED
 EV_FAILED: Final = 2  # it did not; value is the errno
 EV_ACCEPTED: Final = 3  # a listener has a new established session: accept() it
 EV_GONE: Final = 4  # a session closed by close_session() has finished; value is its session id
+EV_RELAY: Final = 5  # a relayed session has news: value is NEWS_* of relay.pyi
 
 class Engine:
     """``library=True``: ARP, ICMP echo, RST for unknown segments and handshakes are the server's matter."""
@@ -89,11 +90,15 @@ class Engine:
     def export_session(self, session: Session) -> bytes:
         """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
         frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
-    def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None: ...
+    def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str | None, rport: int) -> None: ...
     def import_session(
-        self, session: Session, state: bytes | bytearray | memoryview, session_id: int, *, prefix: bytes = b""
+        self,
+        session: Session,
+        state: bytes | bytearray | memoryview,
+        session_id: int,
+        prefix: bytes | bytearray | memoryview = b"",
     ) -> None:
-        """``prefix``: what comes before all unread data; UDP: datagrams as they stand in a state."""
+        """``prefix``: what was received before the unread data in the state (UDP: datagrams as a state has them)."""
     def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
         """Import an accepted session into a listener's queue (library; the server did the handshake)."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:

@@ -15,15 +15,15 @@ from ulnet.kernelshim.link cimport UL_SLOT_NONE, Link, ul_rx
 from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
-    ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
-    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP, USER_STAYED, engine, engine_deadline, engine_free,
-    engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end,
-    session_fd_free, session_insert,
+    ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, EVENT_RELAY, PHASE_CONNECTING,
+    PHASE_OPEN, ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP,
+    USER_STAYED, engine, engine_deadline, engine_free, engine_new, engine_poll, engine_settle, engine_tick, event_rec,
+    frame_rec, session_close, session_end, session_fd_free, session_insert,
     session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_fork cimport fork_child, fork_parent, fork_prepare, session_rebind
 from ulnet.stack.engine_handover cimport (
-    foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import, handover_prefix,
+    foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import,
 )
 from ulnet.stack.engine_input cimport engine_frame, orphans_replay
 from ulnet.stack.engine_output cimport emit_refusal
@@ -48,6 +48,7 @@ EV_CONNECTED = EVENT_CONNECTED
 EV_FAILED = EVENT_FAILED
 EV_ACCEPTED = EVENT_ACCEPTED
 EV_GONE = EVENT_GONE
+EV_RELAY = EVENT_RELAY
 
 cdef enum:
     SNDBUF_BYTES = 4 << 20
@@ -458,7 +459,7 @@ cdef class Engine:
     # ------------------------------------------------------------ hand-over
 
     def export_session(self, Session session not None):
-        """The whole state of a TCP session as bytes; it lives elsewhere from now on (its handle says EBADF)."""
+        """The whole state of a session as bytes; it lives elsewhere from now on (its handle says EBADF)."""
         cdef engine *e = self.e
         cdef uint8_t *out = NULL
         cdef size_t n = 0
@@ -496,11 +497,12 @@ cdef class Engine:
             foreign_forget(e, &flow)
             engine_unlock(e)
 
-    def import_session(self, Session session not None, state, uint64_t session_id, *, bytes prefix=b""):
+    def import_session(self, Session session not None, state, uint64_t session_id, prefix=b""):
         """Take over a session from its exported state. ValueError when the state is malformed."""
         cdef const uint8_t[::1] view = state
-        cdef const uint8_t *first = prefix
-        cdef size_t first_bytes = PyBytes_GET_SIZE(prefix)
+        cdef const uint8_t[::1] front = prefix
+        cdef const uint8_t *f = &front[0] if front.shape[0] else NULL
+        cdef size_t front_bytes = front.shape[0]
         cdef engine *e = self.e
         cdef ul_session *s = session.s
         cdef int rc
@@ -508,9 +510,7 @@ cdef class Engine:
         cdef size_t n = view.shape[0]
         with nogil:
             engine_lock(e)
-            rc = handover_import(e, s, p, n, session_id)
-            if rc == 0:
-                rc = handover_prefix(e, s, first, first_bytes)
+            rc = handover_import(e, s, p, n, session_id, f, front_bytes)
             engine_unlock(e)
         if rc == -EINVAL:
             raise ValueError(f"session state of {n} bytes is malformed")
@@ -544,7 +544,7 @@ cdef class Engine:
             engine_lock(e)
             if l.role == ROLE_LISTEN:
                 s.cfg = l.cfg
-                rc = handover_import(e, s, p, n, session_id)
+                rc = handover_import(e, s, p, n, session_id, NULL, 0)
             if rc == 0:
                 # The queue has a reference of its own, accept() makes another handle.
                 s.handle = NULL

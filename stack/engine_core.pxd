@@ -44,6 +44,7 @@ cdef enum:
     EVENT_FAILED = 2
     EVENT_ACCEPTED = 3
     EVENT_GONE = 4
+    EVENT_RELAY = 5          # a relayed session has news (relay.pxd); value is the bits
     ATTN_STRAYS = 1          # frames wait for on_strays
     ATTN_RESOLVE = 2         # a next hop waits for the resolver
     HELPER_NONE = 0          # what the helper thread does now
@@ -102,6 +103,9 @@ ctypedef struct ul_session:
     waiter *waiters
     void *handle             # its Session object, borrowed; NULL: none. Under the GIL.
     readyfd *fd
+    void *relay              # its relay (relay.pxd), or NULL
+    ul_session *relay_next
+    uint8_t relay_queued
     stat_record *stat
     # route cache
     uint64_t meta_generation
@@ -195,6 +199,9 @@ ctypedef struct engine:
     uint32_t heap_len
     uint32_t heap_cap
     ul_session *touched
+    # relayed sessions that changed, in order
+    ul_session *relay_head
+    ul_session *relay_tail
     # events, strays, orphans
     event_rec *events_head
     event_rec *events_tail
@@ -236,6 +243,7 @@ cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil   # dr
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil
 cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil         # its descriptor, if it has one
 cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil
+cdef void relay_queue(engine *e, ul_session *s) noexcept nogil        # its relay shall look
 cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil            # frames processed; settles

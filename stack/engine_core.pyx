@@ -528,8 +528,23 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
     ready = session_ready(s)
     if s.fd != NULL:
         readyfd_show(s.fd, ready)
+    if s.relay != NULL:
+        relay_queue(e, s)
     if s.waiters != NULL and ready:
         waiters_wake(e, s, ready)
+
+
+cdef void relay_queue(engine *e, ul_session *s) noexcept nogil:
+    """Only noted here: a relay at work inside a settle could keep it going for ever."""
+    if s.relay_queued:
+        return
+    s.relay_queued = 1
+    s.relay_next = NULL
+    if e.relay_tail != NULL:
+        e.relay_tail.relay_next = s
+    else:
+        e.relay_head = s
+    e.relay_tail = s
 
 
 cdef int engine_drain(engine *e, int budget) noexcept nogil:

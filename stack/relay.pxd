@@ -1,0 +1,55 @@
+# Relays: sessions of this engine whose user sits behind a descriptor (SOSP 1993: sessions placed in the server).
+# All C state here changes under the engine's lock.
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from ulnet.stack.buf cimport txchunk
+from ulnet.stack.engine cimport Engine
+from ulnet.stack.engine_core cimport engine, ul_session
+from ulnet.stack.session cimport Session
+
+cdef enum:
+    RELAY_STREAM = 1         # TCP over SOCK_STREAM
+    RELAY_DATAGRAMS = 2      # UDP over SOCK_SEQPACKET: 16 bytes address, 2 port (big endian), payload
+    RELAY_LISTENER = 3       # numbers of connections over SOCK_STREAM
+    TOLD_HUNG = 1            # the last copy of the user's end is closed, or both directions are over
+    TOLD_RESET = 2           # the same, with data unread
+    TOLD_ENDED = 4           # the connection died, and all that came before has been handed on
+    TOLD_ROOM = 8            # announcing works again
+
+ctypedef struct relay:
+    ul_session *s
+    int fd
+    uint8_t kind
+    uint8_t in_ready         # the descriptor may have something: nobody has seen EAGAIN since
+    uint8_t out_ready        # it may take something
+    uint8_t hup              # it said EPOLLHUP
+    uint8_t up_full          # the session's send buffer took no more
+    uint8_t up_done          # the user's direction has ended
+    uint8_t down_done        # the peer's direction has ended, and the user was told
+    uint8_t down_shut        # the user reads no more: what comes is dropped
+    uint8_t want_room        # an announcement did not fit
+    uint32_t told            # NEWS_*
+    uint32_t unit            # what one announcement occupies in the kernel's accounting
+    uint8_t *held            # a datagram that waits for its first hop or for the link
+    uint32_t held_bytes
+    uint64_t up_bytes
+    uint64_t down_bytes
+    uint64_t up_datagrams
+    uint64_t down_datagrams
+    uint64_t up_blocked      # times that the session's buffer was full
+    uint64_t down_blocked    # times that the descriptor was full
+    uint64_t dropped         # bytes the other side did not want any more, and what could not be sent
+    uint64_t malformed       # messages of the user that are none
+
+cdef class Relays:
+    cdef readonly Engine engine
+    cdef engine *e
+    cdef int epoll_fd
+    cdef txchunk *spare
+    cdef uint8_t *scratch
+
+cdef class Relay:
+    cdef readonly Relays relays
+    cdef readonly Session session
+    cdef relay *r
+    cdef relay *_open(self) except NULL

@@ -558,6 +558,10 @@ def test_a_shell_with_a_name(hosts: tuple[Embedded, Embedded]) -> None:
             assert session.announced() == 0
             placed.back()
         assert session.listening
+        with Placed(session) as placed:
+            placed.end.close()
+            with pytest.raises(OSError, match="ended this listener"):
+                session.announced()
 
 
 # -- descriptors that come from elsewhere ------------------------------------------------------
@@ -639,8 +643,11 @@ def test_connected_datagrams_on_the_pair(hosts: tuple[Embedded, Embedded]) -> No
     assert end.recv(100) == address("10.0.0.1", 5353) + b"to the peer"
     sock.sendto(b"to another", ("192.0.2.1", 7))
     assert end.recv(100) == address("192.0.2.1", 7) + b"to another"
-    end.shutdown(standard.SHUT_RDWR)
-    assert sock.recv(100) == b""
+    end.shutdown(standard.SHUT_RDWR)  # the server has gone; that is no empty datagram
+    for call in (lambda: sock.recv(100), lambda: sock.send(b"x")):
+        with pytest.raises(OSError) as gone:
+            call()
+        assert gone.value.errno == errno.ENETDOWN
     sock.close()
     end.close()
 

@@ -52,7 +52,9 @@ def forked(hosts: Sequence[Embedded], child: Callable[[], object]) -> Iterator[i
         yield pid
     finally:
         deadline = time.monotonic() + 10
-        while (done := os.waitpid(pid, os.WNOHANG)[0]) == 0 and time.monotonic() < deadline:
+        done = status = 0
+        while not done and time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
             time.sleep(0.005)
         if not done:
             os.kill(pid, 9)
@@ -60,7 +62,7 @@ def forked(hosts: Sequence[Embedded], child: Callable[[], object]) -> Iterator[i
         report = os.read(report_in, 1 << 16).decode()
         os.close(report_in)
         assert done, "the child hangs"
-        assert not report, report
+        assert not report and status == 0, report or f"the child ended with status {status:#x}"
 
 
 def stays(call: Callable[[], object]) -> None:

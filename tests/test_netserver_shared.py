@@ -286,6 +286,9 @@ class TestStream:
         with session.recv_buffer(100) as part:
             assert bytes(part) == b"rest"
         number, again = party.share(session)
+        assert party.status(number).state == 6
+        with pytest.raises(BrokenPipeError):
+            again.send(b"shut")
         peer.sendall(b"more")
         peer.close()
         assert read_all(again) == b"more"

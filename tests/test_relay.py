@@ -407,8 +407,12 @@ def test_datagrams(server: Server) -> None:
         until(lambda: session.take_error() == errno.ENETUNREACH, "an error")
         user.send(address + b"good")
         assert peer.recv(100) == b"good"
-        user.send(address + b"last")
-        user.close()
+        # Closed with a datagram unread: what was sent before goes out nevertheless.
+        peer.sendto(b"unread", (OURS, 5000))
+        until(lambda: select.select([user], [], [], 0)[0], "a datagram")
+        with server.paused():
+            user.send(address + b"last")
+            user.close()
         assert peer.recv(100) == b"last"
         until(lambda: server.news.get(session, 0) & NEWS_HUNG, "a hang-up")
 

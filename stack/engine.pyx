@@ -18,7 +18,8 @@ from ulnet.stack.engine_core cimport (
     ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
     ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_deadline, engine_free,
     engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end, session_insert,
-    session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
+    session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, session_unwatch,
+    ul_session,
 )
 from ulnet.stack.engine_handover cimport (
     foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import,
@@ -29,7 +30,6 @@ from ulnet.stack.engine_report cimport report_counters, report_sessions
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, helper_run, helper_wake, waiters_wake
 from ulnet.stack.metastate cimport Metastate
 from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
-from ulnet.stack.readyfd cimport readyfd_free
 from ulnet.stack.session cimport Session, fail, session_wrap
 from ulnet.stack.statpage cimport StatPage, stat_take
 from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_isn, tcp_open, tcp_out, tcp_state
@@ -419,10 +419,7 @@ cdef class Engine:
             engine_tick(e)
             if not s.closing:
                 session_close(e, s, linger_abort)
-                if s.fd != NULL:
-                    e.watched -= 1
-                    readyfd_free(s.fd)
-                    s.fd = NULL
+                session_unwatch(e, s)
                 engine_settle(e)
             engine_left(e)
             engine_unlock(e)

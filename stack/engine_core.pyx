@@ -15,6 +15,7 @@ from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
 from ulnet.stack.engine_output cimport emit_arp, emit_reassembly_timeouts, emit_tcp
+from ulnet.stack.engine_polls cimport polls_closed, polls_show
 from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_init, waiters_wake
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
@@ -164,9 +165,7 @@ cdef void session_unref(engine *e, ul_session *s) noexcept nogil:
     if s.refs:
         return
     session_end(e, s, 0)
-    if s.fd != NULL:
-        e.watched -= 1
-        readyfd_free(s.fd)
+    session_unwatch(e, s)
     if s.all_prev != NULL:
         s.all_prev.all_next = s.all_next
     else:
@@ -175,6 +174,15 @@ cdef void session_unref(engine *e, ul_session *s) noexcept nogil:
         s.all_next.all_prev = s.all_prev
     e.all_count -= 1
     free(s)
+
+
+cdef void session_unwatch(engine *e, ul_session *s) noexcept nogil:
+    if s.fd == NULL:
+        return
+    if not s.fd.quiet:
+        e.watched -= 1
+    readyfd_free(s.fd)
+    s.fd = NULL
 
 
 cdef int table_grow(engine *e) noexcept nogil:
@@ -254,6 +262,8 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
     if s.role == ROLE_UDP:
         return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
     if s.role == ROLE_LISTEN:
+        return UL_READABLE if s.accept_count else 0
+    if s.role == ROLE_POLLSET:
         return UL_READABLE if s.accept_count else 0
     if s.role == ROLE_ENDED:
         return UL_READABLE | UL_WRITABLE | UL_HUP | (UL_ERROR if s.so_error else 0)
@@ -346,6 +356,8 @@ cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil:
     """The user is done with it. TCP goes on by itself until it is CLOSED, then EVENT_GONE."""
     session_ref(s)
     s.closing = 1
+    if s.polls != NULL:
+        polls_closed(e, s)
     waiters_wake(e, s, 0xFF)               # they leave with EBADF
     if s.role == ROLE_TCP:
         if abort:
@@ -508,6 +520,8 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
     ready = session_ready(s)
     if s.fd != NULL:
         readyfd_show(s.fd, ready)
+    if s.polls != NULL:
+        polls_show(e, s, ready)
     if s.waiters != NULL and ready:
         waiters_wake(e, s, ready)
 

@@ -7,6 +7,7 @@ ctypedef struct readyfd:
     int our_fd                   # its other end
     uint32_t shown               # UL_READABLE | UL_WRITABLE | UL_HUP | UL_RDHUP | UL_ERROR as shown now
     uint64_t syscalls
+    bint quiet                   # its number is in use, nobody watches the descriptor: it is not steered
 
 cdef readyfd *readyfd_new(int *err) noexcept nogil
 cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil    # no system call when nothing changed

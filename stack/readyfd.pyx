@@ -182,7 +182,7 @@ cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
     cdef socklen_t size = sizeof(pending)
     if want & UL_ERROR and r.shown & UL_HUP and not r.shown & UL_ERROR:
         want &= ~<uint32_t>UL_ERROR              # too late to show it; a hang-up is answered in the same way
-    if want == r.shown:
+    if r.quiet or want == r.shown:
         return
     if r.shown & UL_ERROR and want == (r.shown & ~<uint32_t>UL_ERROR):
         # The error was taken (SO_ERROR), the connection stays dead.

@@ -1,5 +1,7 @@
 """One session as Python holds it, and the buffers it lends: locks, waits and errors are dealt with here, once."""
 
+import weakref
+
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
@@ -33,6 +35,30 @@ cdef extern from *:
 
 STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT",
           "CLOSING", "LAST-ACK", "TIME-WAIT")
+
+
+# Sessions by the number of their descriptor, for who has only that. Entries of sessions that ended stay until the
+# number is used again: so whoever looks asks the session whether the number is still its own.
+cdef dict numbers = {}
+
+
+def session_of(int number):
+    """The open session whose descriptor has this number, or None."""
+    cdef Session session
+    cdef engine *e
+    cdef ul_session *s
+    cdef bint its_own
+    ref = numbers.get(number)
+    session = ref() if ref is not None else None
+    if session is None:
+        return None
+    e = session.e
+    s = session.s
+    with nogil:
+        engine_lock(e)
+        its_own = s.fd != NULL and s.fd.user_fd == number and not s.closing
+        engine_unlock(e)
+    return session if its_own else None
 
 
 cdef int fail(Py_ssize_t code) except -1:
@@ -303,23 +329,38 @@ cdef class Session:
 
     def fileno(self):
         """A descriptor that select, poll and epoll may watch; the same one at every call, -1 once closed."""
+        return self.descriptor(True)
+
+    def number(self):
+        """The number that fileno() gives, as a name only: until fileno() is called nobody steers the descriptor."""
+        return self.descriptor(False)
+
+    cdef int descriptor(self, bint steered) except? -1:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int err = 0
-        if s.closing:
-            return -1
+        cdef int number = -1
+        cdef bint made = False
         with nogil:
             engine_lock(e)
-            if s.fd == NULL:
+            if s.fd == NULL and not s.closing:
                 s.fd = readyfd_new(&err)
-                if s.fd != NULL:
+                made = s.fd != NULL
+                if made:
+                    s.fd.quiet = True
+            if s.fd != NULL:
+                number = s.fd.user_fd
+                if steered and s.fd.quiet:
+                    s.fd.quiet = False
                     e.watched += 1
                     readyfd_show(s.fd, session_ready(s))
                     helper_wake(e)         # from now on frames must be noticed at once
             engine_unlock(e)
-        if s.fd == NULL:
+        if err < 0:
             fail(err)
-        return s.fd.user_fd
+        if made:
+            numbers[number] = weakref.ref(self)
+        return number
 
     # ------------------------------------------------------------ names, state, options
 

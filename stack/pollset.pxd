@@ -29,6 +29,7 @@ cdef class PollSet:
     cdef dict part_by_fd
     cdef uint64_t next_key
     cdef readonly bint closed
+    cdef public bint as_epoll
     cdef readonly uint64_t side_looks  # system calls made to look at descriptors
     cdef object __weakref__
     cdef void release_all(self) noexcept

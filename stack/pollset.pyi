@@ -8,11 +8,12 @@ from ulnet.stack.session import Session
 class PollSet:
     """Like epoll, inside the engine: no system call while a session of the driven engine is ready.
 
-    Sessions are level-triggered. With EPOLLET, EPOLLONESHOT or EPOLLEXCLUSIVE a session is watched through its descriptor
-    in the set's inner epoll; so are ordinary descriptors, and sessions of other engines than the first one's.
+    Sessions are level-triggered. With EPOLLET, EPOLLONESHOT or EPOLLEXCLUSIVE one is watched through its
+    descriptor in the set's inner epoll; so are ordinary descriptors, and sessions of other engines than the first one's.
     """
 
     closed: bool
+    as_epoll: bool  # what others put into fileno(), an epoll, is told of by its number
     side_looks: int  # system calls made to look at the inner epoll
 
     def __init__(self) -> None: ...
@@ -23,7 +24,7 @@ class PollSet:
     def unregister(self, what: Session | int) -> None:
         """Take it out. FileNotFoundError: it is not there; a closed session never is."""
     def wait(self, timeout_ns: int = -1, max_events: int = -1, relaxed: bool = False) -> list[tuple[Any, int]]:
-        """What is ready: (data, events). -1 waits for ever, 0 only looks; ``relaxed``: at descriptors every 100 us only."""
+        """What is ready: (data, events). -1: wait for ever, 0: only look, ``relaxed``: at descriptors each 100 us."""
     def fileno(self) -> int:
         """A descriptor, readable while something here is ready."""
     def close(self) -> None: ...

@@ -9,6 +9,7 @@ at the side every 100 us.
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, EBADF, EEXIST, EINTR, ENOENT, ENOMEM, errno
+from libc.limits cimport INT_MAX
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from posix.time cimport timespec
@@ -52,10 +53,24 @@ cdef extern from "<poll.h>" nogil:
 
 cdef enum:
     BURST = 64
-    HITS = 256                   # taken with one call; more of them are for the next wait
-    SIDE_HITS = 256
+    HITS = 64                    # room on the stack; for more it is allocated
 
 cdef int64_t SIDE_NS = 100000    # as in engine_wait
+
+
+cdef int collect(Part part, poll_hit **hits, int room) noexcept nogil:
+    """What is ready, into hits: HITS of them on the caller's stack, or allocated when there are more. Lock held."""
+    cdef poll_hit *more
+    cdef int n = <int>part.set.s.accept_count
+    if n > room:
+        n = room
+    if n > HITS:
+        more = <poll_hit *>malloc(n * sizeof(poll_hit))
+        if more == NULL:
+            n = HITS                       # the others with the next call
+        else:
+            hits[0] = more
+    return poll_set_collect(&part.set, hits[0], n)
 
 
 @cython.no_gc_clear
@@ -365,12 +380,13 @@ cdef class PollSet:
         timeout_ns -1: for ever. 0 looks at the kernel's descriptors, too; with ``relaxed`` only every 100 us.
         Signal handlers run; what they raise ends the wait (PEP 475).
         """
-        cdef poll_hit hits[HITS]
+        cdef poll_hit few[HITS]
+        cdef poll_hit *hits = few
         cdef Part part
         cdef engine *e
         cdef wait_side *side = &self.side
         cdef int64_t deadline
-        cdef int room = HITS if max_events < 0 or max_events > HITS else max_events
+        cdef int room = max_events if max_events >= 0 else INT_MAX
         cdef int n, i, rc
         cdef bint aside, settled
         cdef list out = []
@@ -394,14 +410,14 @@ cdef class PollSet:
                 else:
                     engine_tick(e)
                     engine_poll(e, BURST)
-                    n = poll_set_collect(&part.set, hits, room)
+                    n = collect(part, &hits, room)
                     aside = side.fd >= 0 and (e.now_ns >= side.due_ns or (deadline == 0 and not relaxed))
                     if n == 0 and not aside:
                         rc = -EAGAIN
                         if deadline != 0:
                             rc = engine_wait_beside(e, part.set.s, UL_READABLE, deadline, side)
                             if rc == 0 or rc == -EAGAIN:
-                                n = poll_set_collect(&part.set, hits, room)
+                                n = collect(part, &hits, room)
                             # At the end of the time everything is looked at.
                             aside = rc == WAIT_SIDE or (rc == -EAGAIN and side.fd >= 0)
                     if e.touched != NULL:
@@ -414,6 +430,9 @@ cdef class PollSet:
                 entry = self.by_key.get(hits[i].key)
                 if entry is not None:
                     out.append((entry.data, hits[i].events))
+            if hits != few:
+                free(hits)
+                hits = few
             if aside and rc != -EBADF:
                 self.look_aside(out, room - <int>len(out), n > 0)
             if out:
@@ -429,27 +448,29 @@ cdef class PollSet:
 
     cdef int take(self, Part part, list out, int room) except -1:
         """What is ready of one engine, without waiting."""
-        cdef poll_hit hits[HITS]
+        cdef poll_hit few[HITS]
+        cdef poll_hit *hits = few
         cdef engine *e = part.e
         cdef Entry entry
         cdef int n = 0
         cdef int i
-        if room > HITS:
-            room = HITS
         with nogil:
             engine_lock(e)
             if part.set.s != NULL:
-                n = poll_set_collect(&part.set, hits, room)
+                n = collect(part, &hits, room)
             engine_unlock(e)
         for i in range(n):
             entry = self.by_key.get(hits[i].key)
             if entry is not None:
                 out.append((entry.data, hits[i].events))
+        if hits != few:
+            free(hits)
         return n
 
     cdef int look_aside(self, list out, int room, bint driven_taken) except -1:
         """What the side has, without waiting."""
-        cdef epoll_event events[SIDE_HITS]
+        cdef epoll_event few[HITS]
+        cdef epoll_event *events = few
         cdef epoll_event dropped
         cdef Entry entry
         cdef Part part
@@ -458,7 +479,16 @@ cdef class PollSet:
         cdef int n, i
         if room <= 0 or self.side.fd < 0:
             return 0
-        n = epoll_wait(self.side.fd, events, room if room < SIDE_HITS else SIDE_HITS, 0)
+        n = <int>(len(self.by_key) + len(self.by_fd) + len(self.part_by_fd))
+        if n < HITS:
+            n = HITS                       # others may put something into it (fileno)
+        if room > n:
+            room = n
+        if room > HITS:
+            events = <epoll_event *>malloc(room * sizeof(epoll_event))
+            if events == NULL:
+                raise MemoryError(f"no memory for {room} events")
+        n = epoll_wait(self.side.fd, events, room, 0)
         self.side_looks += 1
         self.side.due_ns = clock_now() + SIDE_NS
         for i in range(n):
@@ -474,11 +504,15 @@ cdef class PollSet:
                 out.append((entry.data, bits))
                 continue
             part = self.part_by_fd.get(key)
-            if part is None:
+            if part is None and self.as_epoll:
+                out.append((key, bits))
+            elif part is None:
                 # Its number was closed here, but another descriptor keeps the file open.
                 epoll_ctl(self.side.fd, EPOLL_CTL_DEL, <int>key, &dropped)
             elif part is not self.driven or not driven_taken:
-                self.take(part, out, room - <int>len(out))
+                self.take(part, out, room)
+        if events != few:
+            free(events)
         return n
 
     cdef list wait_aside(self, int64_t timeout_ns, int64_t deadline, int max_events):
@@ -489,7 +523,7 @@ cdef class PollSet:
         cdef timespec *timeout
         cdef int64_t left
         cdef int rc
-        cdef int room = SIDE_HITS if max_events < 0 or max_events > SIDE_HITS else max_events
+        cdef int room = max_events if max_events >= 0 else INT_MAX
         rc = side_fd(&self.side)
         if rc < 0:
             fail(rc)

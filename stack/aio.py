@@ -1,8 +1,8 @@
 """asyncio over our sockets: an event loop that waits in their engine and opens its connections there.
 
 ``aio.run(main())`` in place of ``asyncio.run(main())``, or ``asyncio.Runner(loop_factory=aio.new_event_loop)``.
-Streams, transports, servers, ``loop.sock_*`` and TLS are asyncio's own code. While the loop is busy with our sockets it makes no
-system call to learn what is ready.
+Streams, transports, servers, ``loop.sock_*`` and TLS are asyncio's own code. While the loop is busy with our sockets
+it makes no system call to learn what is ready.
 
 asyncio knows its sockets by number. Inside this loop the number is only a name (``Session.number``): the descriptor
 behind it shows readiness from the moment that somebody else asks ``fileno()``.

@@ -19,5 +19,7 @@ cdef void engine_kick(engine *e) noexcept nogil              # whoever sleeps in
 cdef void helper_wake(engine *e) noexcept nogil
 # The helper thread's life: returns when Python has to do something (attention), or to stop.
 cdef void helper_run(engine *e) noexcept nogil
+# A caller that will be back soon, as a loop is: the helper need not wake for each frame meanwhile.
+cdef void engine_take_over(engine *e) noexcept nogil
 # A caller leaves without having waited: see that somebody listens.
 cdef void engine_left(engine *e) noexcept nogil

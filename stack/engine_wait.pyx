@@ -148,6 +148,14 @@ cdef void helper_wake(engine *e) noexcept nogil:
         engine_kick(e)
 
 
+cdef void engine_take_over(engine *e) noexcept nogil:
+    # With watched descriptors it must notice frames at once, whoever else does.
+    if e.helper == HELPER_POLLS and not e.watched and e.waiters == NULL:
+        engine_kick(e)
+        e.helper = HELPER_NAPS
+        e.driving = 0
+
+
 cdef void engine_left(engine *e) noexcept nogil:
     e.activity += 1
     if e.attention:

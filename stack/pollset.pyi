@@ -9,7 +9,7 @@ class PollSet:
     """Like epoll, inside the engine: no system call while a session of the driven engine is ready.
 
     Sessions are level-triggered. With EPOLLET, EPOLLONESHOT or EPOLLEXCLUSIVE one is watched through its
-    descriptor in the set's inner epoll; so are ordinary descriptors, and sessions of other engines than the first one's.
+    descriptor in the set's inner epoll; so are ordinary descriptors and the sessions of further engines.
     """
 
     closed: bool

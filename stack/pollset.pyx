@@ -22,7 +22,9 @@ from ulnet.stack.engine_polls cimport (
     KEY_BIT_SHIFT, item_add, item_modify, item_remove, poll_hit, poll_set_close, poll_set_collect, poll_set_next_gone,
     poll_set_number, poll_set_open, pollset_session_moved, side_fd, side_watch,
 )
-from ulnet.stack.engine_wait cimport WAIT_SIDE, engine_left, engine_lock, engine_unlock, engine_wait_beside
+from ulnet.stack.engine_wait cimport (
+    WAIT_SIDE, engine_left, engine_lock, engine_take_over, engine_unlock, engine_wait_beside,
+)
 from ulnet.stack.session cimport Session, fail
 from ulnet.stack.types cimport UL_READABLE
 
@@ -409,6 +411,7 @@ cdef class PollSet:
                     rc = -EBADF
                 else:
                     engine_tick(e)
+                    engine_take_over(e)
                     engine_poll(e, BURST)
                     n = collect(part, &hits, room)
                     aside = side.fd >= 0 and (e.now_ns >= side.due_ns or (deadline == 0 and not relaxed))

@@ -18,7 +18,7 @@ from ulnet.stack.engine_core cimport (
     ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
     ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_deadline, engine_free,
     engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end, session_insert,
-    session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, session_unwatch,
+    session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, session_fd_free,
     ul_session,
 )
 from ulnet.stack.engine_handover cimport (
@@ -419,7 +419,7 @@ cdef class Engine:
             engine_tick(e)
             if not s.closing:
                 session_close(e, s, linger_abort)
-                session_unwatch(e, s)
+                session_fd_free(e, s)
                 engine_settle(e)
             engine_left(e)
             engine_unlock(e)

@@ -30,7 +30,7 @@ cdef enum session_role:
     ROLE_FOREIGN = 4         # handed to another holder; frames for it are strays
     ROLE_ENDED = 5           # failed or closed; so_error may be pending
     ROLE_SHARED = 6          # placed in the server: its readiness is that of its descriptor
-    ROLE_POLLSET = 7         # stands for a set of sessions (engine_polls): readable while one of them is ready
+    ROLE_POLLSET = 8         # stands for a set of sessions (engine_polls): readable while one of them is ready
 
 cdef enum session_phase:     # what the engine still has to tell about a TCP session
     PHASE_OPEN = 0
@@ -256,7 +256,7 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil
 cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil   # drop protocol state, keep the shell
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil
 cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil
-cdef void session_unwatch(engine *e, ul_session *s) noexcept nogil    # its descriptor goes
+cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil    # its descriptor goes
 cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil            # frames processed; settles

@@ -165,7 +165,7 @@ cdef void session_unref(engine *e, ul_session *s) noexcept nogil:
     if s.refs:
         return
     session_end(e, s, 0)
-    session_unwatch(e, s)
+    session_fd_free(e, s)
     if s.all_prev != NULL:
         s.all_prev.all_next = s.all_next
     else:
@@ -176,7 +176,7 @@ cdef void session_unref(engine *e, ul_session *s) noexcept nogil:
     free(s)
 
 
-cdef void session_unwatch(engine *e, ul_session *s) noexcept nogil:
+cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil:
     if s.fd == NULL:
         return
     if not s.fd.quiet:

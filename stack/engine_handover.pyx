@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 from ulnet.stack.engine_core cimport (
     PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHELL, ROLE_TCP, clock_now, engine_tick, foreign_arm, session_end, session_find,
-    session_insert, session_new, session_ref, session_touch, session_unref, session_unwatch,
+    session_insert, session_new, session_ref, session_touch, session_unref, session_fd_free,
 )
 from ulnet.stack.engine_polls cimport polls_closed
 from ulnet.stack.engine_wait cimport waiters_wake
@@ -56,7 +56,7 @@ cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noe
         polls_closed(e, s)
     waiters_wake(e, s, 0xFF)
     session_end(e, s, 0)
-    session_unwatch(e, s)
+    session_fd_free(e, s)
     foreign_add(e, &head.flow, s.id)
     session_unref(e, s)
     return 0

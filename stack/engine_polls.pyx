@@ -11,7 +11,7 @@ from posix.unistd cimport close
 
 from ulnet.stack.engine_core cimport (
     ROLE_POLLSET, ROLE_SHARED, engine, poll_item, session_new, session_ready, session_ref, session_unref,
-    session_unwatch, ul_session, wait_side,
+    session_fd_free, ul_session, wait_side,
 )
 from ulnet.stack.engine_wait cimport helper_wake, waiters_wake
 from ulnet.stack.readyfd cimport readyfd_new, readyfd_show
@@ -331,7 +331,7 @@ cdef void poll_set_close(poll_set *set) noexcept nogil:
     """Its items were removed before. Who waits for it leaves with EBADF."""
     set.s.closing = 1
     waiters_wake(set.e, set.s, 0xFF)
-    session_unwatch(set.e, set.s)
+    session_fd_free(set.e, set.s)
     session_unref(set.e, set.s)
     set.s = NULL
 

@@ -563,7 +563,7 @@ def session_moved(Session session not None, bint outside):
     cdef ul_session *s = session.s
     cdef int role = ROLE_SHELL if outside else ROLE_SHARED
     cdef bint done
-    session.number()
+    session.fileno()
     with nogil:
         engine_lock(e)
         done = s.role == role

@@ -7,8 +7,10 @@ ctypedef struct readyfd:
     int our_fd                   # its other end
     uint32_t shown               # UL_READABLE | UL_WRITABLE | UL_HUP | UL_RDHUP | UL_ERROR as shown now
     uint64_t syscalls
-    bint quiet                   # its number is in use, nobody watches the descriptor: it is not steered
+    bint quiet                   # only its number is in use: there is no pair yet, nothing is shown
 
 cdef readyfd *readyfd_new(int *err) noexcept nogil
+cdef readyfd *readyfd_reserve(int *err) noexcept nogil               # a quiet one
+cdef int readyfd_steer(readyfd *r) noexcept nogil                    # quiet no more; 0, or -errno: it stays so
 cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil    # no system call when nothing changed
 cdef void readyfd_free(readyfd *r) noexcept nogil                    # closes both ends

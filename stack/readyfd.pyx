@@ -66,6 +66,11 @@ cdef extern from *:
     int dup3(int old, int new, int flags) nogil
     enum: O_CLOEXEC
 
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initial, int flags)
+    enum: EFD_CLOEXEC
+    enum: EFD_NONBLOCK
+
 cdef extern from "<poll.h>" nogil:
     enum: POLLOUT
     struct pollfd:
@@ -85,11 +90,14 @@ cdef char zeros[FILL_MAX_BYTES]
 
 
 cdef int pair_new(int *user_fd, int *our_fd) noexcept nogil:
+    global fill_bytes
     cdef int fds[2]
     cdef int tiny = 1            # the kernel raises it to its minimum
     if socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) < 0:
         return -errno
     setsockopt(fds[0], SOL_SOCKET, SO_SNDBUF, &tiny, sizeof(tiny))
+    if fill_bytes == 0:
+        fill_bytes = fill_measure(fds[0], fds[1])
     user_fd[0] = fds[0]
     our_fd[0] = fds[1]
     return 0
@@ -140,7 +148,6 @@ cdef inline uint32_t as_shown(uint32_t ready) noexcept nogil:
 
 
 cdef readyfd *readyfd_new(int *err) noexcept nogil:
-    global fill_bytes
     cdef readyfd *r = <readyfd *>calloc(1, sizeof(readyfd))
     if r == NULL:
         err[0] = -12                             # ENOMEM
@@ -149,11 +156,33 @@ cdef readyfd *readyfd_new(int *err) noexcept nogil:
     if err[0] < 0:
         free(r)
         return NULL
-    if fill_bytes == 0:
-        fill_bytes = fill_measure(r.user_fd, r.our_fd)
     r.shown = UL_WRITABLE
     r.syscalls = 2
     return r
+
+
+cdef readyfd *readyfd_reserve(int *err) noexcept nogil:
+    # One descriptor and one system call instead of two: whoever only needs a name may have ten thousand of them.
+    cdef readyfd *r = <readyfd *>calloc(1, sizeof(readyfd))
+    if r == NULL:
+        err[0] = -12                             # ENOMEM
+        return NULL
+    r.user_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if r.user_fd < 0:
+        err[0] = -errno
+        free(r)
+        return NULL
+    r.our_fd = -1
+    r.quiet = True
+    r.syscalls = 1
+    return r
+
+
+cdef int readyfd_steer(readyfd *r) noexcept nogil:
+    if not renew(r):
+        return -24                               # EMFILE
+    r.quiet = False
+    return 0
 
 
 cdef bint renew(readyfd *r) noexcept nogil:

@@ -20,7 +20,7 @@ from ulnet.stack.engine_user cimport (
     user_wait,
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, helper_wake
-from ulnet.stack.readyfd cimport readyfd_new, readyfd_show
+from ulnet.stack.readyfd cimport readyfd_new, readyfd_reserve, readyfd_show, readyfd_steer
 from ulnet.stack.session_options cimport option_get, option_set
 from ulnet.stack.tcp cimport tcp_so_error, tcp_stat, tcp_stat_get, tcp_state
 from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_IPPROTO_UDP, addr_is_zero, ul_addr
@@ -332,7 +332,7 @@ cdef class Session:
         return self.descriptor(True)
 
     def number(self):
-        """The number that fileno() gives, as a name only: until fileno() is called nobody steers the descriptor."""
+        """The number that fileno() gives, as a name only: until fileno() is called the descriptor says nothing."""
         return self.descriptor(False)
 
     cdef int descriptor(self, bint steered) except? -1:
@@ -341,20 +341,22 @@ cdef class Session:
         cdef int err = 0
         cdef int number = -1
         cdef bint made = False
+        cdef bint shows = False
         with nogil:
             engine_lock(e)
             if s.fd == NULL and not s.closing:
-                s.fd = readyfd_new(&err)
+                s.fd = readyfd_new(&err) if steered else readyfd_reserve(&err)
                 made = s.fd != NULL
-                if made:
-                    s.fd.quiet = True
+                shows = made and steered
+            elif s.fd != NULL and s.fd.quiet and steered:
+                err = readyfd_steer(s.fd)
+                shows = err == 0
+            if shows:
+                e.watched += 1
+                readyfd_show(s.fd, session_ready(s))
+                helper_wake(e)             # from now on frames must be noticed at once
             if s.fd != NULL:
                 number = s.fd.user_fd
-                if steered and s.fd.quiet:
-                    s.fd.quiet = False
-                    e.watched += 1
-                    readyfd_show(s.fd, session_ready(s))
-                    helper_wake(e)         # from now on frames must be noticed at once
             engine_unlock(e)
         if err < 0:
             fail(err)

@@ -233,7 +233,9 @@ def test_one_session_in_many_sets(joined: Pair) -> None:
 def test_a_number_is_only_a_name(joined: Pair) -> None:
     client, server = joined
     session = of(client)
+    before = len(os.listdir("/proc/self/fd"))
     number = session.number()
+    assert len(os.listdir("/proc/self/fd")) == before + 1
     assert session_of(number) is session and session.number() == number
     poller = kernel.poll()
     poller.register(number, IN)

@@ -400,7 +400,7 @@ cdef class PollSet:
             deadline = 0 if timeout_ns == 0 else clock_now() + timeout_ns
         while True:
             part = self.driven
-            if part is None or part.e.stop:
+            if part is None or part.e.stop or part.e.broken:
                 return self.wait_aside(timeout_ns, deadline, max_events)
             e = part.e
             with nogil:

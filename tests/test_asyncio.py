@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sockethosts import A, B, listening
+from sockethosts import A, B, listening, running
 
+from tests.netserver_bed import ADDRESS, NOBODY, PEER, Bed, wait_for
+from ulnet.kernelshim.testbed import can_testbed
 from ulnet.stack import aio, socket
 from ulnet.stack.embedded import Embedded
 
@@ -536,6 +538,64 @@ def test_plain_asyncio_on_the_descriptors(hosts: Hosts) -> None:
             await writer.wait_closed()
 
     asyncio.run(main())
+
+
+# -- under a network server --------------------------------------------------------------------
+
+
+@pytest.mark.skipif(can_testbed() is not None, reason=str(can_testbed()))
+def test_client_and_server_under_a_network_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The peer is the kernel of another host. Once connections stand, the network server is asked nothing."""
+    bed = Bed(tmp_path_factory.mktemp("aio"))
+    service = bed.b.socket()
+    service.bind((PEER, 0))
+    service.listen()
+    service.settimeout(10)
+
+    def messages() -> int:
+        return sum(n for name, n in bed.counters()["calls"].items() if name.upper() != "COUNTERS")
+
+    def serve() -> None:
+        theirs, _ = service.accept()
+        with theirs:
+            while data := theirs.recv(65536):
+                theirs.sendall(data)
+
+    def call(theirs: Any, port: int) -> bytes:
+        theirs.settimeout(10)
+        theirs.connect((ADDRESS, port))
+        theirs.sendall(b"from the kernel")
+        got: bytes = theirs.recv(100)
+        theirs.close()
+        return got
+
+    async def main() -> None:
+        reader, writer = await asyncio.open_connection(*service.getsockname())
+        before = messages()
+        for size in (1, 100, 100_000):
+            for _ in range(10):
+                writer.write(b"x" * size)
+                assert await reader.readexactly(size) == b"x" * size
+        assert messages() == before
+        writer.close()
+        await writer.wait_closed()
+        server = await asyncio.start_server(echo, "", 8001)
+        async with server:
+            got = [asyncio.to_thread(call, bed.b.socket(), 8001) for _ in range(3)]
+            assert await asyncio.gather(*got) == [b"from the kernel"] * 3
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(PEER, 1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.open_connection(NOBODY, 1), 0.1)
+
+    try:
+        proxy = bed.proxy()
+        with running(serve):
+            aio.run(asyncio.wait_for(main(), 20), host=proxy)
+        wait_for(lambda: not bed.live(), "no session is left")
+    finally:
+        service.close()
+        bed.close()
 
 
 # -- other loops -------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from ulnet.stack.engine_core cimport (
     PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHELL, ROLE_TCP, clock_now, engine_tick, foreign_arm, session_end, session_find,
     session_insert, session_new, session_ref, session_touch, session_unref, session_fd_free,
 )
-from ulnet.stack.engine_polls cimport polls_closed
 from ulnet.stack.engine_wait cimport waiters_wake
 from ulnet.stack.tcp cimport tcp_export, tcp_export_bytes, tcp_import
 from ulnet.stack.types cimport UL_IPPROTO_TCP
@@ -52,8 +51,6 @@ cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noe
     n[0] = sizeof(head) + tcp_export(&e.env, s.tcp, out[0] + sizeof(head))
     session_ref(s)
     s.closing = 1
-    if s.polls != NULL:
-        polls_closed(e, s)
     waiters_wake(e, s, 0xFF)
     session_end(e, s, 0)
     session_fd_free(e, s)

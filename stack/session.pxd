@@ -15,6 +15,7 @@ cdef class Session:
     cdef readonly object engine          # the Engine: keeps e alive
     cdef readonly int kind
     cdef object __weakref__
+    cdef bint numbered                   # it is known by its number
     cdef int descriptor(self, bint steered) except? -1
     # timeout_ns: -1 for ever, 0 never block (BlockingIOError), else TimeoutError after it.
     # Errors are raised as OSError with the BSD errno. flags: MSG_PEEK, MSG_DONTWAIT, MSG_WAITALL, MSG_TRUNC.

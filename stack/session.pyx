@@ -340,14 +340,12 @@ cdef class Session:
         cdef ul_session *s = self.s
         cdef int err = 0
         cdef int number = -1
-        cdef bint made = False
         cdef bint shows = False
         with nogil:
             engine_lock(e)
             if s.fd == NULL and not s.closing:
                 s.fd = readyfd_new(&err) if steered else readyfd_reserve(&err)
-                made = s.fd != NULL
-                shows = made and steered
+                shows = steered and s.fd != NULL
             elif s.fd != NULL and s.fd.quiet and steered:
                 err = readyfd_steer(s.fd)
                 shows = err == 0
@@ -360,7 +358,8 @@ cdef class Session:
             engine_unlock(e)
         if err < 0:
             fail(err)
-        if made:
+        if number >= 0 and not self.numbered:
+            self.numbered = True
             numbers[number] = weakref.ref(self)
         return number
 

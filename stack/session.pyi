@@ -8,6 +8,9 @@ from ulnet.stack.engine import Engine
 
 STATES: Final[tuple[str, ...]]
 
+def session_of(number: int) -> Session | None:
+    """The open session whose descriptor has this number (its fileno() or number() was asked), or None."""
+
 class Buffer:
     """Bytes received, by the buffer protocol, in the stack's own memory; read-only.
 
@@ -66,6 +69,8 @@ class Session:
     def shutdown(self, how: int) -> None: ...
     def fileno(self) -> int:
         """The truthful descriptor (made at first use)."""
+    def number(self) -> int:
+        """The number fileno() gives, without anybody steering the descriptor for it; -1 once closed."""
     def stat(self) -> dict[str, int]:
         """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat).
 

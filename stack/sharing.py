@@ -195,6 +195,10 @@ class Sharing(Attachment):
             with session.shared_lock:
                 if not session.shared:
                     return True
+                if session.live and not session.listening:
+                    # Frames that come before the state wait here, instead of going round by the server.
+                    flow = session.peer or (None, 0)
+                    self.engine.forget_flow(session.kind, *session.local, *flow)
                 message = self._rpc(p.Call.PROMOTE, p.Shared(number))
                 self._answer(message, p.Status)
                 (manager,) = message.take_fds()
@@ -235,6 +239,8 @@ class Sharing(Attachment):
         poll.register(session.fileno(), select.POLLHUP)
         if not poll.poll(0):
             return  # the peer's FIN: an end in order
+        if self._gone:
+            raise self._lost(None)
         error = self._status(session).so_error
         if error:
             raise OSError(error, os.strerror(error))

@@ -31,22 +31,17 @@ def session_of(sock: socket.socket) -> Session:
 
 @contextmanager
 def forked(hosts: Sequence[Embedded], child: Callable[[], object]) -> Iterator[int]:
-    """child() in a forked process, between the hooks that a library runs; its exception fails the test."""
+    """child() in a forked process of these hosts; its exception fails the test."""
     report_in, report_out = os.pipe()
-    for host in hosts:
-        host.engine.before_fork()
     pid = os.fork()
     if pid == 0:
         try:
-            for host in hosts:
-                host.engine.after_fork_child()
+            assert all(host.engine.broken for host in hosts)
             child()
         except BaseException:
             os.write(report_out, traceback.format_exc().encode())
             os._exit(1)
         os._exit(0)
-    for host in hosts:
-        host.engine.after_fork_parent()
     os.close(report_out)
     try:
         yield pid
@@ -203,6 +198,7 @@ def test_brought_home_by_the_child(hosts: tuple[Embedded, Embedded], joined: Joi
     number, peer = server.fileno(), client.getsockname()
     placed = Placed(session)
     placed.end.sendall(b"in the pair ")
+    shell = socket.socket(host=hosts[1])
 
     def child() -> None:
         own, other = embedded.pair()
@@ -213,9 +209,8 @@ def test_brought_home_by_the_child(hosts: tuple[Embedded, Embedded], joined: Joi
         assert not session.shared and server.fileno() == number and session.peer == peer
         assert server.recv(100) == b"the pair unread "
         assert not select.select([server], [], [], 0)[0]
-        shell = socket.socket(host=hosts[1])
         shell.session.rebind(own.engine)  # type: ignore[union-attr]
-        shell._host = own
+        shell._file.host = own
         shell.bind(("", 4000))
         shell.close()
         own.engine.close_session(session, linger_abort=True)
@@ -225,6 +220,7 @@ def test_brought_home_by_the_child(hosts: tuple[Embedded, Embedded], joined: Joi
     with forked(hosts, child):
         server.close()
     placed.end.close()
+    shell.close()
 
 
 def test_a_thread_of_the_parent_is_not_disturbed(hosts: tuple[Embedded, Embedded], joined: Joined) -> None:

@@ -152,6 +152,7 @@ ctypedef struct engine_counters:
     uint64_t kicks           # writes to the event descriptor
     uint64_t helper_runs
     uint64_t nomem
+    uint64_t udp_trains      # sends that carried several datagrams
 
 ctypedef struct engine:
     pthread_mutex_t lock

@@ -108,6 +108,10 @@ cdef void engine_lock(engine *e) noexcept nogil:
     ulnet_contend(&e.contenders, -1)
 
 
+cdef bint engine_trylock(engine *e) noexcept nogil:
+    return pthread_mutex_trylock(&e.lock) == 0
+
+
 cdef void engine_unlock(engine *e) noexcept nogil:
     pthread_mutex_unlock(&e.lock)
 

@@ -5,7 +5,9 @@
 from libc.errno cimport EAGAIN, EINVAL, EISCONN, ENOMEM, ENOPROTOOPT, ENOTCONN, EPIPE
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from ulnet.stack.buf cimport rxq_clear, rxq_read, rxq_take, rxseg, txq_append_copy, txq_append_hold, txq_clear
+from ulnet.stack.buf cimport (
+    rxq_clear, rxq_read, rxq_take, rxseg, rxseg_free, txq_append_copy, txq_append_hold, txq_append_seg, txq_clear,
+)
 from ulnet.stack.seqnum cimport seq_gt, seq_lt
 from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_congestion cimport TCP_CC_NEWRENO, tcp_cc_start
@@ -249,6 +251,20 @@ cdef Py_ssize_t tcp_write_hold(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, 
     if n < HOLD_FROM_BYTES:
         return tcp_write(env, pcb, data, n)
     if txq_append_hold(env.bufs, &pcb.snd, data, n, owner) < 0:
+        return -ENOMEM
+    pcb.flags |= TF_OUTPUT
+    return <Py_ssize_t>n
+
+
+cdef Py_ssize_t tcp_write_seg(tcp_env *env, tcp_pcb *pcb, rxseg *seg, uint32_t n) noexcept nogil:
+    cdef Py_ssize_t room = room_to_write(pcb)
+    if room < 0:
+        return room
+    if n < HOLD_FROM_BYTES:
+        if n and txq_append_copy(env.bufs, &pcb.snd, seg.data, n) < 0:
+            return -ENOMEM
+        rxseg_free(env.bufs, seg)
+    elif txq_append_seg(env.bufs, &pcb.snd, seg, n) < 0:
         return -ENOMEM
     pcb.flags |= TF_OUTPUT
     return <Py_ssize_t>n

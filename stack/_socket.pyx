@@ -558,7 +558,8 @@ cdef class Socket:
                 if isinstance(item, tuple):
                     if len(<tuple>item) != 2:
                         raise TypeError(f"send_buffers(): item {i} is no pair (data, address)")
-                    to = (<tuple>item)[1]
+                    if (<tuple>item)[1] is not None:
+                        to = (<tuple>item)[1]
                     item = items[i] = (<tuple>item)[0]
                 d.named = to is not None
                 if d.named:

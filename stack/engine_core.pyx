@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
+from ulnet.kernelshim.link cimport UL_LINK_TSO, UL_SLOT_NONE, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
 from ulnet.stack.engine_output cimport emit_arp, emit_reassembly_timeouts, emit_tcp
@@ -522,7 +522,12 @@ cdef int engine_drain(engine *e, int budget) noexcept nogil:
         done += 1
         e.n.frames_in += 1
         e.n.bytes_in += frame.len_bytes
-        e.bufs.last_slot = frame.slot
+        if frame.slot != UL_SLOT_NONE:
+            e.bufs.last_slot = frame.slot
+        elif e.bufs.last_slot < e.link.slots:
+            # It came in a slot whose address is still lent from an earlier turn: the ring has moved on all the same,
+            # towards slots that must be cleared before the kernel stops at them.
+            e.bufs.last_slot = (e.bufs.last_slot + 1) % e.link.slots
         if not engine_frame(e, &frame):
             e.link.release(e.link.ctx, frame.slot)
     return done

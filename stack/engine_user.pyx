@@ -69,6 +69,8 @@ cdef int dead_answer(ul_session *s, bint reading) noexcept nogil:
         return 0 if reading else -EPIPE
     if s.role == ROLE_SHELL and s.phase == PHASE_CONNECTING:
         return -EAGAIN                     # as Linux: who waits for data waits for the connection, too
+    if s.flow.proto == UL_IPPROTO_UDP and not reading:
+        return -EDESTADDRREQ
     return -ENOTCONN
 
 
@@ -408,7 +410,7 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
         rc = 0                             # Linux ends the listening; the owner closes it
     else:
         rc = dead_answer(s, False)
-        if rc == -EPIPE or rc == -EAGAIN:
+        if rc == -EPIPE or rc == -EAGAIN or rc == -EDESTADDRREQ:
             rc = -ENOTCONN
     session_touch(e, s)
     leave(e, s)

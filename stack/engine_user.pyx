@@ -16,8 +16,9 @@ from ulnet.stack.engine_core cimport (
 from ulnet.stack.engine_output cimport emit_udp, emit_udp_train, udp_mtu
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
 from ulnet.stack.tcp cimport (
-    tcp_read, tcp_read_seg, tcp_shutdown, tcp_wants_output, tcp_write, tcp_write_hold, tcp_write_seg,
+    tcp_read, tcp_read_seg, tcp_shutdown, tcp_state, tcp_wants_output, tcp_write, tcp_write_hold, tcp_write_seg,
 )
+from ulnet.stack.tcp_cb cimport TCP_ESTABLISHED
 from ulnet.stack.types cimport UL_IPPROTO_UDP, UL_READABLE, UL_WRITABLE, addr_equal, addr_is_zero, ul_addr
 from ulnet.stack.udp cimport udp_read, udp_read_seg, udp_so_error
 
@@ -69,9 +70,9 @@ cdef int dead_answer(ul_session *s, bint reading) noexcept nogil:
         return 0 if reading else -EPIPE
     if s.role == ROLE_SHELL and s.phase == PHASE_CONNECTING:
         return -EAGAIN                     # as Linux: who waits for data waits for the connection, too
-    if s.flow.proto == UL_IPPROTO_UDP and not reading:
-        return -EDESTADDRREQ
-    return -ENOTCONN
+    if reading:
+        return -ENOTCONN
+    return -EDESTADDRREQ if s.flow.proto == UL_IPPROTO_UDP else -EPIPE
 
 
 cdef int pause_for(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, bint *looked) noexcept nogil:
@@ -118,6 +119,7 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
                 break
             continue
         if got != -EAGAIN:
+            session_touch(e, s)            # the error was taken: the descriptor shows it no more
             break
         got = pause_for(e, s, UL_READABLE, deadline_ns, &looked)
         if got < 0:
@@ -142,7 +144,7 @@ cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, 
                 got = 0
             else:
                 got = udp_read(&e.bufs, s.udp, out, n, (flags & USER_PEEK) != 0, src, sport, full_bytes)
-            if got >= 0 and s.fd != NULL:
+            if got != -EAGAIN and s.fd != NULL:
                 session_touch(e, s)
         else:
             got = dead_answer(s, True)
@@ -178,6 +180,10 @@ cdef inline uint32_t segs_waiting(const ul_session *s) noexcept nogil:
     return s.udp.rcv.count if s.role == ROLE_UDP else 0
 
 
+cdef rxseg *user_recv_seg(engine *e, ul_session *s, size_t max_bytes, int64_t deadline_ns, int *err) noexcept nogil:
+    return user_recv_segs(e, s, max_bytes, 1, deadline_ns, err)
+
+
 cdef rxseg *user_recv_segs(engine *e, ul_session *s, size_t max_bytes, uint32_t count, int64_t deadline_ns,
                            int *err) noexcept nogil:
     cdef rxseg *first = NULL
@@ -191,6 +197,7 @@ cdef rxseg *user_recv_segs(engine *e, ul_session *s, size_t max_bytes, uint32_t 
         if first != NULL:
             break
         if rc != -EAGAIN:
+            session_touch(e, s)
             break
         rc = pause_for(e, s, UL_READABLE, deadline_ns, &looked)
         if rc < 0:
@@ -226,7 +233,10 @@ cdef Py_ssize_t user_send(engine *e, ul_session *s, const uint8_t *data, size_t 
     while True:
         if s.role == ROLE_TCP and not s.closing:
             if n == 0:
-                got = 0
+                # tcp(7): nothing to wait for room for, but not into a closed or unmade connection
+                got = tcp_write(&e.env, s.tcp, data, 0)
+                if got == -EAGAIN and tcp_state(s.tcp) >= TCP_ESTABLISHED:
+                    got = 0
             elif owner != NULL and n - done[0] >= HOLD_FROM_BYTES:
                 got = write_held(e, s, data + done[0], n - done[0], owner)
             else:
@@ -243,6 +253,7 @@ cdef Py_ssize_t user_send(engine *e, ul_session *s, const uint8_t *data, size_t 
             looked = False
             continue
         if got != -EAGAIN:
+            session_touch(e, s)
             break
         got = pause_for(e, s, UL_WRITABLE, deadline_ns, &looked)
         if got < 0:
@@ -268,6 +279,21 @@ cdef Py_ssize_t user_send_seg(engine *e, ul_session *s, rxseg *seg, uint32_t n, 
     session_touch(e, s)
     leave(e, s)
     return got
+
+
+cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
+                            int64_t deadline_ns) noexcept nogil:
+    cdef user_dgram item
+    cdef uint32_t done = 0
+    cdef int rc
+    item.data = data
+    item.len_bytes = n
+    item.named = dst != NULL
+    if dst != NULL:
+        item.dst = dst[0]
+        item.dport = dport
+    rc = user_send_dgrams(e, s, &item, 1, deadline_ns, &done)
+    return <Py_ssize_t>n if rc == 0 else rc
 
 
 cdef inline const ul_addr *dgram_to(const ul_session *s, const user_dgram *d, uint16_t *port) noexcept nogil:
@@ -377,7 +403,7 @@ cdef int user_send_dgrams(engine *e, ul_session *s, const user_dgram *items, uin
         poll(&p, 1, 10)
         engine_lock(e)
         engine_tick(e)
-    if s.stat != NULL:
+    if s.stat != NULL or rc < 0:
         session_touch(e, s)
     leave(e, s)
     return rc
@@ -409,9 +435,7 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
     elif s.role == ROLE_LISTEN and how != 1:
         rc = 0                             # Linux ends the listening; the owner closes it
     else:
-        rc = dead_answer(s, False)
-        if rc == -EPIPE or rc == -EAGAIN or rc == -EDESTADDRREQ:
-            rc = -ENOTCONN
+        rc = -EBADF if s.closing else -ENOTCONN
     session_touch(e, s)
     leave(e, s)
     return rc

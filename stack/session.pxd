@@ -55,5 +55,6 @@ cdef class Session:
     # TCP: the buffer is the connection's when this returns, and still the caller's when it raises.
     cdef int send_seg(self, Buffer b, uint32_t n, int64_t timeout_ns) except -1
     cdef Buffer lend(self, rxseg *seg)
-    cdef rxseg *recv_segs(self, size_t max_bytes, uint32_t count, int64_t timeout_ns) except? NULL
+    cdef list lend_all(self, rxseg *seg)
+    cdef uint32_t send_singly(self, const user_dgram *items, uint32_t count, int64_t timeout_ns, uint32_t *done) except? 0
     cdef void give_back(self, rxseg *seg) noexcept

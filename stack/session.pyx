@@ -14,8 +14,8 @@ from ulnet.stack.engine_core cimport (
     session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_user cimport (
-    USER_DONTWAIT, USER_RESOLVE, user_dgram, user_recv, user_recv_segs, user_recvfrom, user_send, user_send_dgrams,
-    user_send_seg, user_shutdown, user_wait,
+    USER_DONTWAIT, USER_RESOLVE, user_dgram, user_recv, user_recv_seg, user_recv_segs, user_recvfrom, user_send,
+    user_send_dgrams, user_send_seg, user_sendto, user_shutdown, user_wait,
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_trylock, engine_unlock, helper_wake
 from ulnet.stack.readyfd cimport readyfd_new, readyfd_show
@@ -40,6 +40,8 @@ cdef extern from *:
 cdef enum:
     ALLOC_MAX_BYTES = 1 << 28        # it lies in the send queue as a whole, which 32-bit sequence numbers count
     PIECE_MAX_BYTES = 1 << 30        # no limit: a received segment is smaller
+    ERRNO_MAX = 4095                 # an answer beyond it: the session is not here, and the calls for single pieces know
+    CHUNK_BYTES = 65536
 
 STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT",
           "CLOSING", "LAST-ACK", "TIME-WAIT")
@@ -275,16 +277,25 @@ cdef class Session:
 
     cdef Py_ssize_t sendto(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
                            int64_t timeout_ns) except -1:
-        cdef user_dgram item
-        cdef uint32_t done = 0
-        item.data = data
-        item.len_bytes = n
-        item.named = dst != NULL
-        if dst != NULL:
-            item.dst = dst[0]
-            item.dport = dport
-        self.send_dgrams(&item, 1, 0 if flags & USER_DONTWAIT else timeout_ns, &done)
-        return n
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        cdef Py_ssize_t got
+        cdef int64_t deadline
+        if flags & USER_DONTWAIT:
+            timeout_ns = 0
+        deadline = deadline_of(timeout_ns)
+        while True:
+            with nogil:
+                got = user_sendto(e, s, data, n, dst, dport, deadline)
+            if got == -EINTR:
+                PyErr_CheckSignals()
+            elif got == -USER_RESOLVE:
+                self.engine.resolve_pending()
+            else:
+                break
+        if got < 0:
+            raise_timed(got, timeout_ns)
+        return got
 
     cdef uint32_t send_dgrams(self, const user_dgram *items, uint32_t count, int64_t timeout_ns,
                               uint32_t *done) except? 0:
@@ -301,8 +312,24 @@ cdef class Session:
                 self.engine.resolve_pending()
             else:
                 break
+        if rc < -ERRNO_MAX:
+            return self.send_singly(items, count, timeout_ns, done)
         if rc < 0 and done[0] == 0:
             raise_timed(rc, timeout_ns)
+        return done[0]
+
+    cdef uint32_t send_singly(self, const user_dgram *items, uint32_t count, int64_t timeout_ns,
+                              uint32_t *done) except? 0:
+        cdef const user_dgram *d
+        while done[0] < count:
+            d = items + done[0]
+            try:
+                self.sendto(d.data, d.len_bytes, &d.dst if d.named else NULL, d.dport, 0, timeout_ns)
+            except OSError:
+                if done[0]:
+                    break                  # as the batch: the count tells where to go on
+                raise
+            done[0] += 1
         return done[0]
 
     cdef int send_seg(self, Buffer b, uint32_t n, int64_t timeout_ns) except -1:
@@ -310,6 +337,7 @@ cdef class Session:
         cdef ul_session *s = self.s
         cdef rxseg *seg = b.seg
         cdef Py_ssize_t got
+        cdef size_t sent = 0
         cdef int64_t deadline
         if b.e != e:
             # Of another stack, or an empty one: a copy goes in its place.
@@ -327,17 +355,18 @@ cdef class Session:
                 PyErr_CheckSignals()
                 with nogil:
                     got = user_send_seg(e, s, seg, n, deadline)
-            if got < 0:
+            if got < -ERRNO_MAX:
+                self.sendall(seg.data, n, None, timeout_ns, &sent)
+            elif got < 0:
                 raise_timed(got, timeout_ns)
         except BaseException:
             if seg != b.seg:
-                with nogil:
-                    engine_lock(e)
-                    rxseg_free(&e.bufs, seg)
-                    engine_unlock(e)
+                self.give_back(seg)
             raise
-        if seg == b.seg:
+        if got >= 0 and seg == b.seg:
             b.seg = NULL                   # the connection's
+        elif got < 0 and seg != b.seg:
+            self.give_back(seg)
         return 0
 
     def send_buffer(self, Buffer b not None, Py_ssize_t nbytes=-1, int64_t timeout_ns=-1):
@@ -387,7 +416,8 @@ cdef class Session:
         b.seg = seg                        # last: what raises above leaves it with the caller
         return b
 
-    cdef rxseg *recv_segs(self, size_t max_bytes, uint32_t count, int64_t timeout_ns) except? NULL:
+    def recv_buffer(self, size_t max_bytes, int64_t timeout_ns=-1):
+        """Up to max_bytes (TCP) or one datagram (UDP) as a Buffer; empty at end of file."""
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef rxseg *seg
@@ -395,28 +425,41 @@ cdef class Session:
         cdef int64_t deadline = deadline_of(timeout_ns)
         while True:
             with nogil:
-                seg = user_recv_segs(e, s, max_bytes, count, deadline, &err)
+                seg = user_recv_seg(e, s, max_bytes, deadline, &err)
             if seg != NULL or err != -EINTR:
                 break
             PyErr_CheckSignals()
-        if seg == NULL and err < 0:
-            raise_timed(err, timeout_ns)
-        return seg
-
-    def recv_buffer(self, size_t max_bytes, int64_t timeout_ns=-1):
-        """Up to max_bytes (TCP) or one datagram (UDP) as a Buffer; empty at end of file."""
-        cdef rxseg *seg = self.recv_segs(max_bytes, 1, timeout_ns)
         if seg == NULL:
+            if err < 0:
+                raise_timed(err, timeout_ns)
             return Buffer.__new__(Buffer)  # end of file: an empty one
-        try:
-            return self.lend(seg)
-        except BaseException:
-            self.give_back(seg)
-            raise
+        return self.lend_all(seg)[0]
 
     def recv_buffers(self, uint32_t count, int64_t timeout_ns=-1):
         """Up to count datagrams (UDP) or pieces of the stream (TCP), waiting for the first only; [] at end of file."""
-        cdef rxseg *seg = self.recv_segs(PIECE_MAX_BYTES, count, timeout_ns)
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        cdef rxseg *seg
+        cdef Buffer b
+        cdef int err = 0
+        cdef int64_t deadline = deadline_of(timeout_ns)
+        while True:
+            with nogil:
+                seg = user_recv_segs(e, s, PIECE_MAX_BYTES, count, deadline, &err)
+            if seg != NULL or err != -EINTR:
+                break
+            PyErr_CheckSignals()
+        if seg != NULL:
+            return self.lend_all(seg)
+        if err < -ERRNO_MAX:
+            b = self.recv_buffer(CHUNK_BYTES, timeout_ns)
+            return [b] if b.e != NULL else []
+        if err < 0:
+            raise_timed(err, timeout_ns)
+        return []
+
+    cdef list lend_all(self, rxseg *seg):
+        """A chain of segments as buffers."""
         cdef rxseg *following
         cdef list out = []
         try:

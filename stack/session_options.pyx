@@ -1,6 +1,6 @@
 """Socket options of a session: what a shell keeps for its connection, and what goes to the protocol at once."""
 
-from libc.errno cimport EINVAL, ENOPROTOOPT
+from libc.errno cimport EINVAL, ENOPROTOOPT, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from ulnet.stack.engine_core cimport ROLE_TCP
@@ -85,6 +85,8 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
 
 
 cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nogil:
+    if level != SOL_SOCKET and level != SOL_IP and level != s.flow.proto:
+        return -EOPNOTSUPP                 # setsockopt() says ENOPROTOOPT to the same: so does Linux
     if level == SOL_IP and name == IP_TTL:
         value[0] = s.ttl
         return 0

@@ -202,7 +202,9 @@ cdef uint32_t tcp_ready(const tcp_pcb *pcb) noexcept nogil:
         r |= UL_ERROR
     if pcb.flags & (TF_EOF | TF_SHUT_RD) or gone:
         r |= UL_RDHUP
-    if gone or pcb.state == TCP_CLOSING or pcb.state == TCP_LAST_ACK or pcb.state == TCP_TIME_WAIT:
+    # Both directions are over, the peer's because it said so or because shutdown() did.
+    if gone or pcb.state >= TCP_CLOSING or (
+            pcb.flags & TF_SHUT_RD and (pcb.state == TCP_FIN_WAIT_1 or pcb.state == TCP_FIN_WAIT_2)):
         r |= UL_HUP
     return r
 

@@ -74,6 +74,7 @@ ctypedef struct ul_session:
     uint8_t tos
     uint8_t ttl
     uint8_t shut_rd          # UDP
+    uint8_t shut_wr
     uint16_t path_mtu_bytes
     int so_error             # negative errno, for roles without a pcb
     tcp_pcb *tcp

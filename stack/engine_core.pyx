@@ -25,7 +25,7 @@ from ulnet.stack.tcp cimport (
     tcp_state, tcp_timers, tcp_wants_output,
 )
 from ulnet.stack.tcp_cb cimport TCP_CLOSED, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_SYN_RECEIVED, TCP_SYN_SENT
-from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
+from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
 from ulnet.stack.udp cimport udp_free, udp_ready
 
 cdef enum:
@@ -252,7 +252,8 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
     if s.role == ROLE_TCP:
         return tcp_ready(s.tcp)
     if s.role == ROLE_UDP:
-        return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
+        return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE | UL_RDHUP if s.shut_rd else 0) | (
+            UL_HUP if s.shut_rd and s.shut_wr else 0)
     if s.role == ROLE_LISTEN:
         return UL_READABLE if s.accept_count else 0
     if s.role == ROLE_ENDED:

@@ -369,6 +369,9 @@ cdef int user_send_dgrams(engine *e, ul_session *s, const user_dgram *items, uin
         if not d.named and addr_is_zero(dst):
             rc = -EDESTADDRREQ
             break
+        if s.shut_wr:
+            rc = -EPIPE
+            break
         run = train_length(e, s, d, count - done[0]) if most > 1 else 1
         if run > 1:
             rc = send_train(e, s, d, run)
@@ -430,8 +433,9 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
     elif s.role == ROLE_UDP:
         if addr_is_zero(&s.flow.raddr):
             rc = -ENOTCONN
-        elif how != 1:
-            s.shut_rd = 1
+        else:
+            s.shut_rd |= how != 1
+            s.shut_wr |= how != 0
     elif s.role == ROLE_LISTEN and how != 1:
         rc = 0                             # Linux ends the listening; the owner closes it
     else:

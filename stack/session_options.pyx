@@ -41,7 +41,10 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
             if s.udp != NULL:
                 s.udp.rcvbuf_bytes = s.cfg.rcvbuf_bytes
             return 0
-        if level == SOL_SOCKET and (name == SO_SNDBUF or name == SO_KEEPALIVE):
+        if level == SOL_SOCKET and name == SO_KEEPALIVE:
+            s.cfg.keepalive = value != 0   # means nothing, but is remembered
+            return 0
+        if level == SOL_SOCKET and name == SO_SNDBUF:
             return 0
         return -ENOPROTOOPT
     # The configuration is what accepted connections inherit and what the control block starts with.

@@ -290,9 +290,11 @@ cdef void after_read(tcp_pcb *pcb) noexcept nogil:
 
 
 cdef inline Py_ssize_t nothing_to_read(tcp_pcb *pcb) noexcept nogil:
+    if pcb.flags & TF_EOF:
+        return 0                     # for good, whatever happened since
     if pcb.so_error:
         return tcp_so_error(pcb, True)
-    if pcb.flags & (TF_EOF | TF_SHUT_RD):
+    if pcb.flags & TF_SHUT_RD:
         return 0
     if pcb.state == TCP_CLOSED:
         return 0 if pcb.flags & TF_OPENED else -ENOTCONN
@@ -340,7 +342,7 @@ cdef void shut_write(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
 cdef int tcp_shutdown(tcp_env *env, tcp_pcb *pcb, int how) noexcept nogil:
     if how != SHUT_RD and how != SHUT_WR and how != SHUT_RDWR:
         return -EINVAL
-    if pcb.state == TCP_CLOSED or pcb.state == TCP_SYN_SENT:
+    if pcb.state == TCP_CLOSED or pcb.state == TCP_SYN_SENT or pcb.state == TCP_TIME_WAIT:
         return -ENOTCONN
     if how != SHUT_WR:
         pcb.flags |= TF_SHUT_RD

@@ -12,10 +12,10 @@ from ulnet.kernelshim.link cimport (
     UL_FRAME_CSUM_PARTIAL, UL_FRAME_GSO_TCP4, UL_FRAME_GSO_UDP, UL_FRAME_UFO, UL_LINK_CSUM, UL_LINK_UFO, iovec, ul_tx,
 )
 from ulnet.stack.engine_core cimport ATTN_RESOLVE, engine, ul_session
-from ulnet.stack.engine_wait cimport helper_wake
+from ulnet.stack.engine_wait cimport engine_kick, helper_wake
 from ulnet.stack.ip_reass cimport ip_reass_expired
 from ulnet.stack.metastate cimport meta_generation, meta_resolve
-from ulnet.stack.neighbour cimport neigh_ask
+from ulnet.stack.neighbour cimport neigh_ask, neigh_deadline
 from ulnet.stack.tcp cimport TCP_OUT_IOV, TCP_RST, tcp_out
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_key, ul_addr
 from ulnet.stack.wire cimport (
@@ -38,6 +38,8 @@ cdef int resolve(engine *e, const ul_addr *dst, uint8_t *mac, uint32_t *mtu) noe
     if rc == -EAGAIN:
         if e.neigh != NULL:
             neigh_ask(e.neigh, &e.nenv, &hop)
+            if neigh_deadline(e.neigh) < e.sleep_until_ns:
+                engine_kick(e)             # whoever sleeps in poll(2) has to ask again in time
         else:
             e.resolve_addr = hop
             e.attention |= ATTN_RESOLVE

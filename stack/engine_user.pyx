@@ -144,6 +144,8 @@ cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, 
                 got = 0
             else:
                 got = udp_read(&e.bufs, s.udp, out, n, (flags & USER_PEEK) != 0, src, sport, full_bytes)
+            if got >= 0 and flags & USER_TRUNC:
+                got = full_bytes[0]        # recv(2): the datagram's real length
             if got != -EAGAIN and s.fd != NULL:
                 session_touch(e, s)
         else:

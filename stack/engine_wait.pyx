@@ -33,6 +33,9 @@ cdef extern from *:
     #include <sys/eventfd.h>
     static inline void ulnet_contend(uint32_t *n, int by) { __atomic_add_fetch(n, by, __ATOMIC_ACQ_REL); }
     static inline uint32_t ulnet_contended(uint32_t *n) { return __atomic_load_n(n, __ATOMIC_ACQUIRE); }
+    static __thread int ulnet_asked_flag;
+    static inline int ulnet_asked(void) { return ulnet_asked_flag; }
+    static inline void ulnet_ask(int on) { ulnet_asked_flag = on; }
     static inline void ulnet_pause(void) {
     #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -42,6 +45,8 @@ cdef extern from *:
     void ulnet_contend(uint32_t *n, int by) nogil
     uint32_t ulnet_contended(uint32_t *n) nogil
     void ulnet_pause() nogil
+    int ulnet_asked() nogil           # of this thread: its wait has let signal handlers run before it sleeps
+    void ulnet_ask(int on) nogil
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_condattr_t:
@@ -79,6 +84,7 @@ cdef enum:
     CLOCK_MONOTONIC_ID = 1
 
 cdef int64_t NAP_NS = 2000000
+cdef int64_t LONG_NS = 10000000  # a shorter sleep ends soon enough for a signal that came before it
 
 
 cdef int engine_wait_init(engine *e) noexcept nogil:
@@ -215,7 +221,7 @@ cdef int judge(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns) noe
 
 cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcept nogil:
     """Poll the link on behalf of everybody until s is ready. Lock held, `driving` set."""
-    cdef int64_t spin_until = 0
+    cdef int64_t spin_until = 1 if ulnet_asked() else 0
     cdef int64_t until
     cdef int rc
     while True:
@@ -236,6 +242,10 @@ cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcep
                 until = deadline_ns
             if until <= e.now_ns:
                 continue
+            if e.spin_ns and until - e.now_ns > LONG_NS and not ulnet_asked():
+                # A signal that came while we polled does not end the poll(2) that follows: handlers run first.
+                ulnet_ask(True)
+                return -EINTR
             w.asleep_in_poll = 1
             w.signalled = 0
             rc = sleep_in_poll(e, e.wake_fd, until)
@@ -328,6 +338,8 @@ cdef int engine_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_n
         pthread_cond_destroy(&w.cond)
         if w.promote and not e.driving:
             promote_next(e)                # we were chosen to drive but are leaving
+    if rc != -EINTR:
+        ulnet_ask(False)
     session_unref(e, s)
     e.activity += 1
     return rc

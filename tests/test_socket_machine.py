@@ -12,8 +12,9 @@ import os
 import select
 import socket as kernel
 import struct
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from ulnet.stack import embedded, socket
+from ulnet.kernelshim.memory import memory_pair
+from ulnet.stack import socket
 from ulnet.stack.embedded import Embedded
 
 SOAK = os.environ.get("ULNET_SOAK") == "1"
@@ -68,7 +70,12 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.hosts["A"], self.hosts["B"] = embedded.pair(spin_ns=0)
+        # Without helpers: frames move only when a step looks, so a walk is the same at each repetition.
+        for side, link in zip("AB", memory_pair(), strict=True):
+            self.hosts[side] = Embedded(link, OURS[side], spin_ns=0, helper=False)
+        for side, other in ("AB", "BA"):
+            self.hosts[side].engine.ask_neighbour(OURS[other])  # nobody answers ARP while the other one is in a call
+        self.settle()
 
     def teardown(self) -> None:
         for twin in self.twins:
@@ -88,6 +95,23 @@ class Machine(RuleBasedStateMachine):
         while quiet < 2:
             moved = sum(host.engine.poll() + host.link.waiting() for host in self.hosts.values())
             quiet = 0 if moved else quiet + 1
+
+    @contextlib.contextmanager
+    def driven(self, waits: float) -> Iterator[None]:
+        """A call that waits for the other host needs somebody there."""
+        stop = threading.Event()
+
+        def drive() -> None:
+            while not stop.wait(0.0005):
+                self.settle()
+
+        thread = threading.Thread(target=drive)
+        if waits:
+            thread.start()
+        yield
+        stop.set()
+        if waits:
+            thread.join()
 
     def same(self, value: Any, world: int) -> Any:
         """A value in words that mean the same in both worlds."""
@@ -338,7 +362,8 @@ class Streams(Machine):
             sock.settimeout(5)
         client.tried = True
         self.twins.append(client)
-        self.step("connect", client, lambda sock, world: sock.connect(self.address(listener, world)))
+        with self.driven(5):
+            self.step("connect", client, lambda sock, world: sock.connect(self.address(listener, world)))
         self.accept_from(listener)
         listener.ours.close()
         listener.theirs.close()
@@ -374,9 +399,10 @@ class Streams(Machine):
             if not twin.closed:
                 sock.settimeout(timeout)
         twin.tried = True
-        got = self.step(
-            f"connect(timeout {timeout})", twin, lambda sock, world: sock.connect(self.address(listener, world))
-        )
+        with self.driven(timeout):
+            got = self.step(
+                f"connect(timeout {timeout})", twin, lambda sock, world: sock.connect(self.address(listener, world))
+            )
         if got is None or got == ("BlockingIOError", 115):
             listener.unread += 1  # one waits in its queue: a backlog of 0 still takes one
             for world, sock in enumerate((twin.ours, twin.theirs)):  # see join()
@@ -402,11 +428,12 @@ class Streams(Machine):
             sock.settimeout(timeout)
         twin.tried = True
         call = "connect_ex" if ex else "connect"
-        self.step(
-            f"{call} to a dead port (timeout {timeout})",
-            twin,
-            lambda sock, world: getattr(sock, call)(((OURS, KERNELS)[world]["B"], DEAD_PORT)),
-        )
+        with self.driven(timeout):
+            self.step(
+                f"{call} to a dead port (timeout {timeout})",
+                twin,
+                lambda sock, world: getattr(sock, call)(((OURS, KERNELS)[world]["B"], DEAD_PORT)),
+            )
         for sock in (twin.ours, twin.theirs):
             sock.settimeout(0)
 

@@ -11,7 +11,7 @@ from libc.string cimport memcpy
 from ulnet.kernelshim.link cimport UL_LINK_CSUM, UL_LINK_USO
 from ulnet.stack.engine_core cimport (
     PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_poll, engine_tick,
-    engine_settle, session_ready, session_ref, session_touch, session_unref, ul_session,
+    engine_settle, session_end, session_ready, session_ref, session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_output cimport emit_udp, emit_udp_train, udp_mtu
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
@@ -438,8 +438,9 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
         else:
             s.shut_rd |= how != 1
             s.shut_wr |= how != 0
-    elif s.role == ROLE_LISTEN and how != 1:
-        rc = 0                             # Linux ends the listening; the owner closes it
+    elif s.role == ROLE_LISTEN:
+        if how != 1:
+            session_end(e, s, 0)           # as Linux: accept() ends with EINVAL; the name goes with close()
     else:
         rc = -EBADF if s.closing else -ENOTCONN
     session_touch(e, s)

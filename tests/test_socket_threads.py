@@ -156,6 +156,17 @@ def test_shutdown_wakes_writers(two: tuple[Sock, Sock]) -> None:
     assert numbers == [errno.EPIPE, errno.EPIPE]
 
 
+@pytest.mark.parametrize("kind", ["ours", "the kernel's"])
+def test_shutdown_of_a_listener_wakes_who_accepts(hosts: tuple[Embedded, Embedded], kind: str) -> None:
+    listener: Sock = listening(hosts[1]) if kind == "ours" else kernel.create_server(("127.0.0.1", 0))
+    listener.settimeout(None)
+    numbers: list[int | None] = []
+    with listener, many(2, lambda _: numbers.append(errno_of(listener.accept))):
+        time.sleep(0.1)
+        listener.shutdown(kernel.SHUT_RDWR)
+    assert numbers == [errno.EINVAL] * 2
+
+
 def test_close_wakes_readers_and_writers(hosts: tuple[Embedded, Embedded]) -> None:
     with listening(hosts[1]) as listener:
         for call in (
@@ -240,7 +251,11 @@ def test_the_gil_is_free_while_waiting(two: tuple[Sock, Sock]) -> None:
 
 def test_a_spinning_wait_leaves_the_gil_too() -> None:
     links = memory_pair()
-    with Embedded(links[0], "10.0.0.1", spin_ns=10**10) as a, Embedded(links[1], "10.0.0.2") as b, listening(b) as listener:
+    with (
+        Embedded(links[0], "10.0.0.1", spin_ns=10**10) as a,
+        Embedded(links[1], "10.0.0.2") as b,
+        listening(b) as listener,
+    ):
         with socket.create_connection(listener.getsockname(), 5, host=a) as client:
             server, _ = listener.accept()
             client.settimeout(5)

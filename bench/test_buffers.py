@@ -1,4 +1,4 @@
-"""What many datagrams a call, and memory given away instead of copied, are worth: two stacks in one thread over memory."""
+"""What many datagrams a call, and memory given away, are worth: two stacks in one thread over memory."""
 
 from __future__ import annotations
 

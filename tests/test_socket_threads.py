@@ -1,7 +1,7 @@
 """One socket in the hands of several threads: who gets which bytes, who is woken by what, and that nobody is forgotten.
 
-What Linux decides is checked on its own sockets by the same code. One thing differs: close() wakes the threads that wait
-on the socket, with EBADF; on Linux they sleep on, on a descriptor number that may soon be another file.
+What Linux decides is checked on its own sockets by the same code. One thing differs: close() wakes the threads that
+wait on the socket, with EBADF; on Linux they sleep on, on a descriptor number that may soon be another file.
 """
 
 from __future__ import annotations
@@ -255,17 +255,15 @@ def test_a_spinning_wait_leaves_the_gil_too() -> None:
         Embedded(links[0], "10.0.0.1", spin_ns=10**10) as a,
         Embedded(links[1], "10.0.0.2") as b,
         listening(b) as listener,
+        socket.create_connection(listener.getsockname(), 5, host=a) as client,
     ):
-        with socket.create_connection(listener.getsockname(), 5, host=a) as client:
-            server, _ = listener.accept()
-            client.settimeout(5)
-            with running(lambda: client.recv(1)):
-                time.sleep(0.05)
-                other = socket.socket(type=socket.SOCK_DGRAM, host=a)  # another caller of the same engine gets in
-                assert other.sendto(b"x", (B, 7)) == 1
-                other.close()
-                server.sendall(b"x")
-            server.close()
+        server, _ = listener.accept()
+        with server, running(lambda: client.recv(1)):
+            time.sleep(0.05)
+            other = socket.socket(type=socket.SOCK_DGRAM, host=a)  # another caller of the same engine gets in
+            assert other.sendto(b"x", (B, 7)) == 1
+            other.close()
+            server.sendall(b"x")
 
 
 @pytest.mark.parametrize("spin_ns", [0, 400_000_000])

@@ -1,12 +1,13 @@
 """One session as Python holds it, and the buffers it lends. Times in nanoseconds, sizes in bytes."""
 
 from types import TracebackType
-from typing import Final
+from typing import Final, final
 
 from ulnet.stack.engine import Engine
 
 STATES: Final[tuple[str, ...]]
 
+@final
 class Buffer:
     """Memory of the stack, by the buffer protocol: received bytes where they lie (read-only), or, from
     ``alloc_buffer()``, room to write into.

@@ -1,6 +1,7 @@
 # The hot half of a socket, for subclasses in C.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from ulnet.stack.engine_user cimport user_dgram
 from ulnet.stack.session cimport Session
 from ulnet.stack.types cimport ul_addr
 
@@ -22,3 +23,4 @@ cdef class Socket:
     cdef object _address(self, const ul_addr *src, uint16_t sport)
     cdef Py_ssize_t _read_into(self, object buffer, Py_ssize_t nbytes, int flags, ul_addr *src, uint16_t *sport,
                                str call) except -1
+    cdef int _dgram_to(self, user_dgram *item, object address) except -1

@@ -17,7 +17,8 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy
 from ulnet.stack.engine cimport SESSION_UDP
-from ulnet.stack.session cimport Session
+from ulnet.stack.engine_user cimport user_dgram
+from ulnet.stack.session cimport Buffer, Session, length_to_send
 from ulnet.stack.types cimport addr_equal, addr_from_ipv4, ul_addr
 
 cdef extern from "Python.h":
@@ -474,3 +475,117 @@ cdef class Socket:
         if self._dgram and not self._named:
             self._autobind()
         return s.recv_buffer(max_bytes, self._timeout_ns)
+
+    # --- the stack's own buffers ---
+
+    def recv_buffers(self, Py_ssize_t n, /) -> list[Buffer]:
+        """Up to n datagrams (UDP) or pieces of the stream (TCP) as buffers; [] at the end of the stream.
+
+        It waits for the first only, with this socket's time-out; the rest is what is there already.
+        """
+        cdef Session s = self._live()
+        if not 1 <= n <= 0x7FFFFFFF:
+            raise ValueError(f"recv_buffers({n}): at least 1 buffer is asked for")
+        if self._dgram and not self._named:
+            self._autobind()
+        return s.recv_buffers(<uint32_t>n, self._timeout_ns)
+
+    def alloc_buffer(self, Py_ssize_t nbytes, /) -> Buffer:
+        """Writable memory of the stack for send_buffer(): nbytes of it, their contents undefined."""
+        return self._live().alloc_buffer(nbytes)
+
+    def send_buffer(self, Buffer buffer not None, object address=None, *, Py_ssize_t nbytes=-1) -> int:
+        """Send a buffer's first nbytes (-1: all) and give it to the stack: it is released when this returns.
+
+        TCP sends it from where it lies, without a copy, and takes it whole or not at all: when this raises it is still
+        the caller's. UDP: one datagram, to ``address`` or the connected peer. ValueError: released already;
+        BufferError: views of it live.
+        """
+        cdef Session s = self._live()
+        cdef user_dgram item
+        cdef uint32_t done = 0
+        if not self._dgram:
+            return s.send_buffer(buffer, nbytes, self._timeout_ns)
+        item.named = address is not None
+        if item.named:
+            self._dgram_to(&item, address)
+        buffer.pin()
+        try:
+            item.len_bytes = length_to_send(buffer, nbytes)
+            item.data = buffer.seg.data if buffer.seg != NULL else NULL
+            s.send_dgrams(&item, 1, self._timeout_ns, &done)
+        finally:
+            buffer.unpin(done == 1)
+        return item.len_bytes
+
+    cdef int _dgram_to(self, user_dgram *item, object address) except -1:
+        cdef uint8_t ip[4]
+        item.dport = <uint16_t>address_parse(address, "send_buffers", ip)
+        addr_from_ipv4(&item.dst, ip)
+        if not self._named:
+            self._autobind()
+        return 0
+
+    def send_buffers(self, object buffers, object address=None, /) -> int:
+        """Send many datagrams in one call; returns how many went out. UDP only.
+
+        Each item is a buffer of the stack (released once it is out), bytes or another readable object, or a pair of
+        one and its own address; the others go to ``address``, or to the connected peer. Runs of datagrams of one size
+        to one place leave together where the link can. As sendmmsg(2): an error is raised if the first one meets it,
+        otherwise the count tells where to go on.
+        """
+        cdef Session s = self._live()
+        cdef list items = list(buffers)
+        cdef Py_ssize_t n = len(items)
+        cdef Py_ssize_t i
+        cdef Py_ssize_t pinned = 0
+        cdef uint32_t done = 0
+        cdef user_dgram *dgrams
+        cdef user_dgram *d
+        cdef object to, named = None
+        cdef const user_dgram *same = NULL       # the last one parsed: the address object is mostly the same
+        if not self._dgram:
+            raise OSError(EOPNOTSUPP, "send_buffers() sends datagrams: on a stream use send_buffer() or sendmsg()")
+        if n == 0:
+            return 0
+        if n > 0x7FFFFFFF:
+            raise ValueError(f"send_buffers() takes fewer datagrams at once than {n}")
+        dgrams = <user_dgram *>PyMem_Malloc(n * sizeof(user_dgram))
+        if dgrams == NULL:
+            raise MemoryError
+        try:
+            for i in range(n):
+                d = dgrams + i
+                item = items[i]
+                to = address
+                if isinstance(item, tuple):
+                    if len(<tuple>item) != 2:
+                        raise TypeError(f"send_buffers(): item {i} is no pair (data, address)")
+                    if (<tuple>item)[1] is not None:
+                        to = (<tuple>item)[1]
+                    item = items[i] = (<tuple>item)[0]
+                d.named = to is not None
+                if d.named:
+                    if to is named:
+                        d.dst = same.dst
+                        d.dport = same.dport
+                    else:
+                        self._dgram_to(d, to)
+                        named = to
+                        same = d
+                if isinstance(item, Buffer):
+                    (<Buffer>item).pin()
+                    d.len_bytes = (<Buffer>item).seg.len_bytes if (<Buffer>item).seg != NULL else 0
+                    d.data = (<Buffer>item).seg.data if (<Buffer>item).seg != NULL else NULL
+                else:
+                    if not PyBytes_CheckExact(item):
+                        item = items[i] = memoryview(item).tobytes()
+                    d.data = <const uint8_t *>PyBytes_AS_STRING(item)
+                    d.len_bytes = PyBytes_GET_SIZE(item)
+                pinned = i + 1
+            return s.send_dgrams(dgrams, <uint32_t>n, self._timeout_ns, &done)
+        finally:
+            PyMem_Free(dgrams)
+            for i in range(pinned):
+                if isinstance(items[i], Buffer):
+                    (<Buffer>items[i]).unpin(i < <Py_ssize_t>done)

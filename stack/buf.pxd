@@ -5,7 +5,8 @@
 #           the rxseg's own heap block (HEAP). Small payloads are always copied, so that slots return
 #           at once. `lent` segments are referenced by a Python buffer: never moved, never reused.
 #   txchunk bytes copied into its own block, or a view of a Python object held by `owner` (a strong
-#           reference; given back through bufpool.dead when dropped without the GIL).
+#           reference; given back through bufpool.dead when dropped without the GIL), or of a lent
+#           segment that the program gave away (`seg`, freed with the chunk).
 # When the link's ring comes close to the oldest held slot, bufpool_relieve() copies queued payloads
 # to the heap and lets the link evacuate lent ones, so that a slow reader never stops the ring.
 
@@ -52,6 +53,7 @@ ctypedef struct txchunk:
     uint32_t len_bytes
     uint32_t cap_bytes               # size of the own block; 0: held object, no room
     void *owner                      # PyObject*, or NULL
+    rxseg *seg                       # owned, or NULL
     uint8_t block_class              # of the chunk itself, data included
 
 ctypedef struct txqueue:
@@ -75,6 +77,7 @@ ctypedef struct bufpool:
     uint64_t live_blocks             # handed out and not back: 0 when nothing leaks
     uint64_t copied_bytes            # payload copied from slot to heap
     uint64_t evacuated               # slots evacuated under lent segments
+    uint64_t slots_short             # large payloads copied because half of the ring was held already
     uint64_t nomem                   # allocations refused
 
 cdef void bufpool_init(bufpool *p, ul_link *link) noexcept nogil
@@ -104,6 +107,8 @@ cdef rxseg *rxseg_new(bufpool *p, const uint8_t *data, uint32_t n, uint32_t seq,
                       uint32_t room_bytes, bint *held) noexcept nogil
 cdef void rxq_push(rxqueue *q, rxseg *s) noexcept nogil
 cdef void rxseg_free(bufpool *p, rxseg *s) noexcept nogil
+# Memory for a program to write n bytes into, as a lent segment; data (not NULL) is copied in. NULL: no memory.
+cdef rxseg *rxseg_lend(bufpool *p, const uint8_t *data, uint32_t n) noexcept nogil
 cdef void rxq_clear(bufpool *p, rxqueue *q) noexcept nogil
 
 cdef int txq_append_copy(bufpool *p, txqueue *q, const uint8_t *data, size_t n) noexcept nogil
@@ -113,6 +118,8 @@ cdef int txq_append_hold(bufpool *p, txqueue *q, const uint8_t *data, size_t n, 
 cdef txchunk *txchunk_new(bufpool *p) noexcept nogil
 cdef void txq_append_chunk(txqueue *q, txchunk *c) noexcept nogil
 cdef void txchunk_free(bufpool *p, txchunk *c) noexcept nogil
+# Takes the lent segment over: its first n bytes are sent from where they lie. -ENOMEM: it is still the caller's.
+cdef int txq_append_seg(bufpool *p, txqueue *q, rxseg *s, uint32_t n) noexcept nogil
 cdef void txq_drop(bufpool *p, txqueue *q, uint64_t n) noexcept nogil
 # Fill iov with bytes [off, off+n) of the queue; returns the pieces used (at most max_iov) and in
 # *filled_bytes how much they cover.

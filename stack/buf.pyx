@@ -33,9 +33,9 @@ cdef inline uint32_t class_room(int cls) noexcept nogil:
 
 
 cdef inline uint32_t class_keep(int cls) noexcept nogil:
-    # At most 48 KiB, 512 KiB, 1 MiB and 1 MiB rest on the freelists.
+    # At most 192 KiB, 512 KiB, 1 MiB and 1 MiB rest on the freelists.
     if cls == 0:
-        return 128
+        return 512
     if cls == 1:
         return 256
     return 64 if cls == 2 else 16
@@ -124,12 +124,15 @@ cdef void chunks_free(bufpool *p, txchunk *c) noexcept nogil:
 
 # ---- held slots ----
 
-cdef inline bint held_is_worth_it(const bufpool *p, const ul_rx *frame, uint32_t n) noexcept nogil:
+cdef inline bint held_is_worth_it(bufpool *p, const ul_rx *frame, uint32_t n) noexcept nogil:
     if frame == NULL or n < RX_COPY_BELOW_BYTES or frame.slot == UL_SLOT_NONE or p.link == NULL:
         return False
     if frame.flags & UL_FRAME_GSO_UDP:
         return False                 # many datagrams in one slot: none can own it
-    return p.link.slots == 0 or p.held < p.link.slots // 2
+    if p.link.slots == 0 or p.held < p.link.slots // 2:
+        return True
+    p.slots_short += 1
+    return False
 
 
 cdef inline void held_add(bufpool *p, rxseg *s) noexcept nogil:
@@ -265,9 +268,18 @@ cdef rxseg *rxseg_new(bufpool *p, const uint8_t *data, uint32_t n, uint32_t seq,
             want = class_room(cls)
         s.cap_bytes = want - n
         s.mem_bytes += HEADER_BYTES + want
-    if n:
+    if n and data != NULL:
         memcpy(s.data, data, n)
-    p.copied_bytes += n
+        p.copied_bytes += n
+    return s
+
+
+cdef rxseg *rxseg_lend(bufpool *p, const uint8_t *data, uint32_t n) noexcept nogil:
+    cdef bint held
+    cdef rxseg *s = rxseg_new(p, data, n, 0, NULL, n, &held)
+    if s != NULL:
+        s.lent = 1
+        p.lent += 1
     return s
 
 
@@ -445,6 +457,8 @@ cdef inline void txq_push(txqueue *q, txchunk *c) noexcept nogil:
 
 
 cdef void chunk_drop(bufpool *p, txchunk *c) noexcept nogil:
+    if c.seg != NULL:
+        rxseg_free(p, c.seg)
     if c.owner != NULL:
         c.next = p.dead              # decref needs the GIL: bufpool_reap
         p.dead = c
@@ -484,6 +498,7 @@ cdef int txq_append_copy(bufpool *p, txqueue *q, const uint8_t *data, size_t n) 
             return -ENOMEM
         c.next = NULL
         c.owner = NULL
+        c.seg = NULL
         c.block_class = <uint8_t>cls
         c.cap_bytes = class_room(cls)
         c.data = <uint8_t *>c + HEADER_BYTES
@@ -517,6 +532,7 @@ cdef int txq_append_hold(bufpool *p, txqueue *q, const uint8_t *data, size_t n, 
             return -ENOMEM           # n is below 4 GiB for every caller: only the first chunk can fail
         part = n if n <= 0x40000000 else 0x40000000
         c.owner = <void *>owner
+        c.seg = NULL
         Py_INCREF(owner)
         c.block_class = 0
         c.cap_bytes = 0
@@ -547,6 +563,21 @@ cdef void txq_append_chunk(txqueue *q, txchunk *c) noexcept nogil:
 
 cdef void txchunk_free(bufpool *p, txchunk *c) noexcept nogil:
     block_put(p, c.block_class, c)
+
+
+cdef int txq_append_seg(bufpool *p, txqueue *q, rxseg *s, uint32_t n) noexcept nogil:
+    cdef txchunk *c = <txchunk *>block_get(p, 0, SMALL_BYTES)
+    if c == NULL:
+        return -ENOMEM
+    c.owner = NULL
+    c.seg = s
+    c.block_class = 0
+    c.cap_bytes = 0
+    c.data = s.data
+    c.len_bytes = n
+    txq_push(q, c)
+    q.len_bytes += n
+    return 0
 
 
 cdef void txq_drop(bufpool *p, txqueue *q, uint64_t n) noexcept nogil:

@@ -89,6 +89,7 @@ ctypedef struct ul_session:
     uint8_t tos
     uint8_t ttl
     uint8_t shut_rd          # UDP, SHARED
+    uint8_t shut_wr
     uint8_t shared_as        # SHARED: the role it had, or has in the server
     uint8_t shared_shut_wr   # SHARED: the user's end is shut for writing
     int shared_wake          # SHARED: event descriptor of those who wait for it in poll(2); -1: none
@@ -194,6 +195,7 @@ ctypedef struct engine_counters:
     uint64_t kicks           # writes to the event descriptor
     uint64_t helper_runs
     uint64_t nomem
+    uint64_t udp_trains      # sends that carried several datagrams
 
 ctypedef struct engine:
     pthread_mutex_t lock

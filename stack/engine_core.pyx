@@ -12,7 +12,7 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close
 
-from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
+from ulnet.kernelshim.link cimport UL_LINK_TSO, UL_SLOT_NONE, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
 from ulnet.stack.engine_output cimport emit_arp, emit_reassembly_timeouts, emit_tcp
@@ -28,7 +28,7 @@ from ulnet.stack.tcp cimport (
     tcp_state, tcp_timers, tcp_wants_output,
 )
 from ulnet.stack.tcp_cb cimport TCP_CLOSED, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_SYN_RECEIVED, TCP_SYN_SENT
-from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
+from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
 from ulnet.stack.udp cimport udp_free, udp_ready
 
 cdef enum:
@@ -258,7 +258,8 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
     if s.role == ROLE_TCP:
         return tcp_ready(s.tcp)
     if s.role == ROLE_UDP:
-        return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
+        return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE | UL_RDHUP if s.shut_rd else 0) | (
+            UL_HUP if s.shut_rd and s.shut_wr else 0)
     if s.role == ROLE_LISTEN:
         return UL_READABLE if s.accept_count else 0
     if s.role == ROLE_POLLSET:
@@ -564,7 +565,12 @@ cdef int engine_drain(engine *e, int budget) noexcept nogil:
         done += 1
         e.n.frames_in += 1
         e.n.bytes_in += frame.len_bytes
-        e.bufs.last_slot = frame.slot
+        if frame.slot != UL_SLOT_NONE:
+            e.bufs.last_slot = frame.slot
+        elif e.bufs.last_slot < e.link.slots:
+            # It came in a slot whose address is still lent from an earlier turn: the ring has moved on all the same,
+            # towards slots that must be cleared before the kernel stops at them.
+            e.bufs.last_slot = (e.bufs.last_slot + 1) % e.link.slots
         if not engine_frame(e, &frame):
             e.link.release(e.link.ctx, frame.slot)
     return done

@@ -9,13 +9,13 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from ulnet.kernelshim.link cimport (
-    UL_FRAME_CSUM_PARTIAL, UL_FRAME_GSO_TCP4, UL_FRAME_UFO, UL_LINK_CSUM, UL_LINK_UFO, iovec, ul_tx,
+    UL_FRAME_CSUM_PARTIAL, UL_FRAME_GSO_TCP4, UL_FRAME_GSO_UDP, UL_FRAME_UFO, UL_LINK_CSUM, UL_LINK_UFO, iovec, ul_tx,
 )
 from ulnet.stack.engine_core cimport ATTN_RESOLVE, engine, ul_session
-from ulnet.stack.engine_wait cimport helper_wake
+from ulnet.stack.engine_wait cimport engine_kick, helper_wake
 from ulnet.stack.ip_reass cimport ip_reass_expired
 from ulnet.stack.metastate cimport meta_generation, meta_resolve
-from ulnet.stack.neighbour cimport neigh_ask
+from ulnet.stack.neighbour cimport neigh_ask, neigh_deadline
 from ulnet.stack.tcp cimport TCP_OUT_IOV, TCP_RST, tcp_out
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_key, ul_addr
 from ulnet.stack.wire cimport (
@@ -38,6 +38,8 @@ cdef int resolve(engine *e, const ul_addr *dst, uint8_t *mac, uint32_t *mtu) noe
     if rc == -EAGAIN:
         if e.neigh != NULL:
             neigh_ask(e.neigh, &e.nenv, &hop)
+            if neigh_deadline(e.neigh) < e.sleep_until_ns:
+                engine_kick(e)             # whoever sleeps in poll(2) has to ask again in time
         else:
             e.resolve_addr = hop
             e.attention |= ATTN_RESOLVE
@@ -226,9 +228,7 @@ cdef int emit_udp(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, 
     rc = session_route(e, s, dst)
     if rc < 0:
         return rc
-    mtu = e.link.mtu_bytes
-    if s.path_mtu_bytes and s.path_mtu_bytes < mtu:
-        mtu = s.path_mtu_bytes
+    mtu = udp_mtu(e, s)
     partial = (e.link.features & UL_LINK_CSUM) != 0
     if IPV4_HEADER_BYTES + UDP_HEADER_BYTES + n > mtu and not e.link.features & UL_LINK_UFO:
         partial = False
@@ -239,6 +239,48 @@ cdef int emit_udp(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, 
     rc = send_ip(e, s.mac, dst, UL_IPPROTO_UDP, head, UDP_HEADER_BYTES, data, n, s.ttl, s.tos, partial, 6, mtu)
     if rc == 0:
         s.udp.datagrams_out += 1
+        s.udp.bytes_out += n
+    return rc
+
+
+cdef uint32_t udp_mtu(engine *e, const ul_session *s) noexcept nogil:
+    return s.path_mtu_bytes if s.path_mtu_bytes and s.path_mtu_bytes < e.link.mtu_bytes else e.link.mtu_bytes
+
+
+cdef int emit_udp_train(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, const uint8_t *data,
+                        uint32_t n, uint32_t piece, uint32_t count) noexcept nogil:
+    """The headers stand once: the device, or the receiver's stack, writes them before each piece (UDP_SEGMENT, udp(7))."""
+    cdef uint8_t head[ETH_HEADER_BYTES + IPV4_HEADER_BYTES + UDP_HEADER_BYTES]
+    cdef flow_key flow = s.flow
+    cdef iovec iov[2]
+    cdef ul_tx tx
+    cdef int rc = session_route(e, s, dst)
+    if rc < 0:
+        return rc
+    flow.raddr = dst[0]
+    flow.rport = dport
+    eth_emit(head, s.mac, e.link.mac, ETHERTYPE_IPV4)
+    ipv4_emit(head + ETH_HEADER_BYTES, &e.meta.addr, dst, UL_IPPROTO_UDP, IPV4_HEADER_BYTES + UDP_HEADER_BYTES + n,
+              e.ip_ident + 1, 0, s.ttl, s.tos)
+    udp_emit(head + ETH_HEADER_BYTES + IPV4_HEADER_BYTES, &flow, data, n, True)
+    iov[0].iov_base = head
+    iov[0].iov_len = sizeof(head)
+    iov[1].iov_base = <void *>data
+    iov[1].iov_len = n
+    memset(&tx, 0, sizeof(tx))
+    tx.iov = iov
+    tx.iov_count = 2
+    tx.len_bytes = sizeof(head) + n
+    tx.hdr_len_bytes = sizeof(head)
+    tx.flags = UL_FRAME_CSUM_PARTIAL | UL_FRAME_GSO_UDP
+    tx.gso_size_bytes = <uint16_t>piece
+    tx.csum_start = ETH_HEADER_BYTES + IPV4_HEADER_BYTES
+    tx.csum_offset = 6
+    rc = send_frame(e, &tx)
+    if rc == 0:
+        e.ip_ident += <uint16_t>count          # each piece takes a number
+        e.n.udp_trains += 1
+        s.udp.datagrams_out += count
         s.udp.bytes_out += n
     return rc
 

@@ -79,6 +79,7 @@ cdef dict report_counters(engine *e):
     out["buf_lent"] = e.bufs.lent
     out["buf_copied_bytes"] = e.bufs.copied_bytes
     out["buf_evacuated"] = e.bufs.evacuated
+    out["buf_slots_short"] = e.bufs.slots_short
     out["buf_nomem"] = e.bufs.nomem
     out["reass_done"] = e.reass.done
     out["reass_timeouts"] = e.reass.timeouts

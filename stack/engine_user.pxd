@@ -14,16 +14,31 @@ cdef enum:
     USER_RESOLVE = 100000    # -USER_RESOLVE: a next hop (engine.resolve_addr) must be resolved first
                              # -USER_SHARED, -USER_STAYED (engine_core): the session is elsewhere
 
+ctypedef struct user_dgram:
+    const uint8_t *data
+    size_t len_bytes
+    ul_addr dst
+    uint16_t dport
+    bint named               # False: to the connected peer
+
 # deadline_ns: -1 for ever, 0 do not wait, else clock_now() scale. *done: bytes already received (MSG_WAITALL, -EINTR)
 cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
                           size_t *done) noexcept nogil
 cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
                               ul_addr *src, uint16_t *sport, uint32_t *full_bytes) noexcept nogil
 cdef rxseg *user_recv_seg(engine *e, ul_session *s, size_t max_bytes, int64_t deadline_ns, int *err) noexcept nogil
+# Up to `count` segments, linked by `next`, each of at most max_bytes; waits for the first only.
+cdef rxseg *user_recv_segs(engine *e, ul_session *s, size_t max_bytes, uint32_t count, int64_t deadline_ns,
+                           int *err) noexcept nogil
 # owner: PyObject* that may be held, or NULL. all: until everything is taken (*done counts), else once.
 cdef Py_ssize_t user_send(engine *e, ul_session *s, const uint8_t *data, size_t n, void *owner, bint all,
                           int64_t deadline_ns, size_t *done) noexcept nogil
+# The first n bytes of a lent segment. n: the connection owns it now; an error: the caller still does.
+cdef Py_ssize_t user_send_seg(engine *e, ul_session *s, rxseg *seg, uint32_t n, int64_t deadline_ns) noexcept nogil
 cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
                             int64_t deadline_ns) noexcept nogil
+# Datagrams in order, *done of them are out: none twice when called again. 0, or why not all of them.
+cdef int user_send_dgrams(engine *e, ul_session *s, const user_dgram *items, uint32_t count, int64_t deadline_ns,
+                          uint32_t *done) noexcept nogil
 cdef int user_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, uint32_t *ready) noexcept nogil
 cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil

@@ -6,6 +6,7 @@ from ulnet.stack.engine_core cimport engine, ul_session, wait_side
 cdef int engine_wait_init(engine *e) noexcept nogil
 cdef void engine_wait_end(engine *e) noexcept nogil
 cdef void engine_lock(engine *e) noexcept nogil
+cdef bint engine_trylock(engine *e) noexcept nogil      # never waits: allowed with the GIL
 cdef void engine_unlock(engine *e) noexcept nogil
 # Lock held. Until s shows one of want (or an error or hang-up): 0; deadline passed: -EAGAIN; -EINTR: the
 # caller runs signal handlers and calls again; -EBADF: s was closed meanwhile. deadline_ns -1: for ever.

@@ -38,6 +38,9 @@ cdef extern from *:
     static inline int ulnet_swap(int *at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_ACQ_REL); }
     static inline int ulnet_read(int *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
     static inline uint32_t ulnet_contended(uint32_t *n) { return __atomic_load_n(n, __ATOMIC_ACQUIRE); }
+    static __thread int ulnet_asked_flag;
+    static inline int ulnet_asked(void) { return ulnet_asked_flag; }
+    static inline void ulnet_ask(int on) { ulnet_asked_flag = on; }
     static inline void ulnet_pause(void) {
     #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -49,6 +52,8 @@ cdef extern from *:
     int ulnet_read(int *at) nogil
     uint32_t ulnet_contended(uint32_t *n) nogil
     void ulnet_pause() nogil
+    int ulnet_asked() nogil           # of this thread: its wait has let signal handlers run before it sleeps
+    void ulnet_ask(int on) nogil
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_condattr_t:
@@ -90,6 +95,7 @@ cdef enum:
 
 cdef int64_t NAP_NS = 2000000
 cdef int64_t SIDE_NS = 100000    # a busy engine lets kernel descriptors wait no longer than this for a look
+cdef int64_t LONG_NS = 10000000  # a shorter sleep ends soon enough for a signal that came before it
 
 
 cdef int engine_wait_init(engine *e) noexcept nogil:
@@ -120,6 +126,10 @@ cdef void engine_lock(engine *e) noexcept nogil:
     ulnet_contend(&e.contenders, 1)
     pthread_mutex_lock(&e.lock)
     ulnet_contend(&e.contenders, -1)
+
+
+cdef bint engine_trylock(engine *e) noexcept nogil:
+    return pthread_mutex_trylock(&e.lock) == 0
 
 
 cdef void engine_unlock(engine *e) noexcept nogil:
@@ -253,7 +263,7 @@ cdef int judge(engine *e, ul_session *s, const waiter *w, int64_t deadline_ns) n
 
 cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcept nogil:
     """Poll the link on behalf of everybody until s is ready. Lock held, `driving` set."""
-    cdef int64_t spin_until = 0
+    cdef int64_t spin_until = 1 if ulnet_asked() else 0
     cdef int64_t until
     cdef int rc
     while True:
@@ -274,6 +284,10 @@ cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcep
                 until = deadline_ns
             if until <= e.now_ns:
                 continue
+            if e.spin_ns and until - e.now_ns > LONG_NS and not ulnet_asked():
+                # A signal that came while we polled does not end the poll(2) that follows: handlers run first.
+                ulnet_ask(True)
+                return -EINTR
             w.asleep_in_poll = 1
             w.signalled = 0
             rc = sleep_in_poll(e, e.wake_fd, until, w.side)
@@ -415,6 +429,8 @@ cdef int engine_wait_beside(engine *e, ul_session *s, uint32_t want, int64_t dea
         pthread_cond_destroy(&w.cond)
         if w.promote and not e.driving:
             promote_next(e)                # we were chosen to drive but are leaving
+    if rc != -EINTR:
+        ulnet_ask(False)
     session_unref(e, s)
     e.activity += 1
     return rc

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, final
 
 from ulnet.stack.engine import Engine
 
@@ -11,11 +11,13 @@ STATES: Final[tuple[str, ...]]
 def session_of(number: int) -> Session | None:
     """The open session whose descriptor has this number (its fileno() or number() was asked), or None."""
 
+@final
 class Buffer:
-    """Bytes received, by the buffer protocol, in the stack's own memory; read-only.
+    """Memory of the stack, by the buffer protocol: received bytes where they lie (read-only), or, from
+    ``alloc_buffer()``, room to write into.
 
-    Release it (``release()`` or ``with``) as soon as possible: its memory is the ring's.
-    Reading after release raises ValueError.
+    Release what was received (``release()`` or ``with``) as soon as possible: its memory is the ring's.
+    Reading or writing after release, or after it was sent, raises ValueError.
     """
 
     def __len__(self) -> int: ...
@@ -24,7 +26,10 @@ class Buffer:
     @property
     def nbytes(self) -> int: ...
     @property
-    def address(self) -> tuple[str, int] | None: ...
+    def readonly(self) -> bool: ...
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """UDP: who sent it."""
     def __enter__(self) -> Buffer: ...
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -62,6 +67,9 @@ class Session:
     def wait(self, mask: int, timeout_ns: int = -1) -> int:
         """Drive the engine until one of mask (or ERROR, HUP) is ready; returns ready bits, 0 on time-out."""
     def recv_buffer(self, max_bytes: int, timeout_ns: int = -1) -> Buffer: ...
+    def recv_buffers(self, count: int, timeout_ns: int = -1) -> list[Buffer]: ...
+    def alloc_buffer(self, nbytes: int) -> Buffer: ...
+    def send_buffer(self, b: Buffer, nbytes: int = -1, timeout_ns: int = -1) -> int: ...
     def take_error(self) -> int:
         """SO_ERROR: the pending errno (positive), cleared; 0 if none."""
     def setopt(self, level: int, name: int, value: int) -> None: ...

@@ -11,17 +11,17 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ulnet.stack.address cimport addr_from_text, addr_to_text
-from ulnet.stack.buf cimport rxseg, rxseg_free
+from ulnet.stack.buf cimport rxseg, rxseg_free, rxseg_lend
 from ulnet.stack.engine_core cimport (
     PHASE_CONNECTING, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, USER_SHARED, USER_STAYED,
     clock_now, engine, engine_settle, session_close, session_ready, session_touch, session_unref,
     ul_session,
 )
 from ulnet.stack.engine_user cimport (
-    USER_DONTWAIT, USER_RESOLVE, user_recv, user_recv_seg, user_recvfrom, user_send, user_sendto, user_shutdown,
-    user_wait,
+    USER_DONTWAIT, USER_RESOLVE, user_dgram, user_recv, user_recv_seg, user_recv_segs, user_recvfrom, user_send,
+    user_send_dgrams, user_send_seg, user_sendto, user_shutdown, user_wait,
 )
-from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, helper_wake
+from ulnet.stack.engine_wait cimport engine_lock, engine_trylock, engine_unlock, helper_wake
 from ulnet.stack.readyfd cimport readyfd_new, readyfd_reserve, readyfd_show, readyfd_steer
 from ulnet.stack.session_place cimport shared_adopt, shared_begin, shared_end
 from ulnet.stack.session_options cimport option_get, option_set
@@ -30,7 +30,7 @@ from ulnet.stack.session_shared cimport (
     shared_sendto, shared_shutdown, shared_wait,
 )
 from ulnet.stack.tcp cimport tcp_so_error, tcp_stat, tcp_stat_get, tcp_state
-from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_IPPROTO_UDP, UL_RDHUP, addr_is_zero, ul_addr
+from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_IPPROTO_UDP, UL_RDHUP, addr_equal, addr_is_zero, ul_addr
 from ulnet.stack.udp cimport udp_so_error
 
 cdef extern from *:
@@ -39,6 +39,18 @@ cdef extern from *:
     static inline void ulnet_set_errno(int n) { errno = n; }
     """
     void ulnet_set_errno(int n)
+
+cdef extern from *:
+    """
+    #define take_pointer(at) __atomic_exchange_n((at), NULL, __ATOMIC_ACQ_REL)
+    """
+    rxseg *take_pointer(rxseg **at) nogil
+
+cdef enum:
+    ALLOC_MAX_BYTES = 1 << 28        # it lies in the send queue as a whole, which 32-bit sequence numbers count
+    PIECE_MAX_BYTES = 1 << 30        # no limit: a received segment is smaller
+    ERRNO_MAX = 4095                 # an answer beyond it: the session is not here, and the calls for single pieces know
+    CHUNK_BYTES = 65536
 
 STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT",
           "CLOSING", "LAST-ACK", "TIME-WAIT")
@@ -87,6 +99,14 @@ cdef str addr_shown(const ul_addr *a):
     return "0.0.0.0" if addr_is_zero(a) else addr_to_text(a)
 
 
+cdef int64_t length_to_send(Buffer b, Py_ssize_t nbytes) except -1:
+    """How many bytes of a pinned buffer nbytes means."""
+    cdef Py_ssize_t have = b.seg.len_bytes if b.seg != NULL else 0
+    if nbytes > have or nbytes < -1:
+        raise ValueError(f"nbytes is {nbytes}, but the buffer has {have} bytes")
+    return have if nbytes < 0 else nbytes
+
+
 cdef inline int64_t deadline_of(int64_t timeout_ns) noexcept nogil:
     return timeout_ns if timeout_ns <= 0 else clock_now() + timeout_ns
 
@@ -101,24 +121,25 @@ cdef Session session_wrap(object owner, engine *e, ul_session *s):
     return handle
 
 
-# The collector must not take the attributes before __dealloc__ has used them.
-@cython.no_gc_clear
+# Without the collector, for many are made in a second; it refers to an engine and a tuple, to nothing of the program's.
+@cython.no_gc
+@cython.final
+@cython.freelist(256)
 cdef class Buffer:
-    """Received bytes in the stack's own memory (a ring slot, if they were many): read-only, by the buffer protocol."""
+    """Memory of the stack, by the buffer protocol: received bytes where they lie (read-only), or room to write into.
 
-    cdef object engine               # keeps e alive
-    cdef engine *e
-    cdef rxseg *seg
-    cdef int exports
-    cdef bint released
-    cdef readonly object address
+    Give it back by ``release()`` or ``with``, soon when it was received: its memory is the ring's. Any thread may.
+    """
+
+    def __init__(self):
+        raise TypeError("buffers come from recv_buffer(), recv_buffers() and alloc_buffer()")
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         self.check()
         if self.seg == NULL:
             PyBuffer_FillInfo(view, self, &self.exports, 0, 1, flags)
         else:
-            PyBuffer_FillInfo(view, self, self.seg.data, self.seg.len_bytes, 1, flags)
+            PyBuffer_FillInfo(view, self, self.seg.data, self.seg.len_bytes, not self.writable, flags)
         self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *view):
@@ -126,8 +147,23 @@ cdef class Buffer:
 
     cdef int check(self) except -1:
         if self.released:
-            raise ValueError("this buffer was released: its memory belongs to the stack again")
+            raise ValueError("this buffer was released or sent: its memory belongs to the stack again")
+        if self.sending:
+            raise ValueError("this buffer is being sent by another thread")
         return 0
+
+    cdef int pin(self) except -1:
+        self.check()
+        if self.exports:
+            raise BufferError(f"{self.exports} view(s) of this buffer are still in use")
+        self.sending = True
+        return 0
+
+    cdef void unpin(self, bint sent) noexcept:
+        self.sending = False
+        if sent:
+            self.released = True
+            self.give_back()
 
     def __len__(self):
         self.check()
@@ -137,22 +173,31 @@ cdef class Buffer:
     def nbytes(self):
         return len(self)
 
+    @property
+    def readonly(self):
+        return not self.writable
+
     def release(self):
         """Give the memory back. BufferError while memoryviews of it live; calling it again does nothing."""
         if self.exports:
             raise BufferError(f"{self.exports} view(s) of this buffer are still in use")
+        if self.sending:
+            raise BufferError("this buffer is being sent by another thread")
         self.released = True
         self.give_back()
 
     cdef void give_back(self) noexcept:
         cdef engine *e = self.e
-        cdef rxseg *seg = self.seg
+        cdef rxseg *seg = take_pointer(&self.seg)    # of two threads that release at once, one frees
         if seg == NULL:
             return
-        self.seg = NULL
+        if engine_trylock(e):                        # nearly always: then the GIL need not change hands
+            rxseg_free(&e.bufs, seg)                 # counts it as given back
+            engine_unlock(e)
+            return
         with nogil:
             engine_lock(e)
-            rxseg_free(&e.bufs, seg)         # counts it as given back
+            rxseg_free(&e.bufs, seg)
             engine_unlock(e)
 
     def __enter__(self):
@@ -160,6 +205,13 @@ cdef class Buffer:
 
     def __exit__(self, kind, value, trace):
         self.release()
+
+    def __repr__(self):
+        if self.released:
+            return "<ulnet.stack.session.Buffer released>"
+        kind = "writable" if self.writable else "received"
+        sender = "" if self.address is None else f" from {self.address[0]}:{self.address[1]}"
+        return f"<ulnet.stack.session.Buffer {kind}, {self.seg.len_bytes if self.seg != NULL else 0} bytes{sender}>"
 
     def __dealloc__(self):
         self.give_back()
@@ -306,12 +358,130 @@ cdef class Session:
             raise_timed(got, timeout_ns)
         return got
 
+    cdef uint32_t send_dgrams(self, const user_dgram *items, uint32_t count, int64_t timeout_ns,
+                              uint32_t *done) except? 0:
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        cdef int64_t deadline = deadline_of(timeout_ns)
+        cdef int rc
+        while True:
+            with nogil:
+                rc = user_send_dgrams(e, s, items, count, deadline, done)
+            if rc == -EINTR:
+                PyErr_CheckSignals()
+            elif rc == -USER_RESOLVE:
+                self.engine.resolve_pending()
+            else:
+                break
+        if rc < -ERRNO_MAX:
+            return self.send_singly(items, count, timeout_ns, done)
+        if rc < 0 and done[0] == 0:
+            raise_timed(rc, timeout_ns)
+        return done[0]
+
+    cdef uint32_t send_singly(self, const user_dgram *items, uint32_t count, int64_t timeout_ns,
+                              uint32_t *done) except? 0:
+        cdef const user_dgram *d
+        while done[0] < count:
+            d = items + done[0]
+            try:
+                self.sendto(d.data, d.len_bytes, &d.dst if d.named else NULL, d.dport, 0, timeout_ns)
+            except OSError:
+                if done[0]:
+                    break                  # as the batch: the count tells where to go on
+                raise
+            done[0] += 1
+        return done[0]
+
+    cdef int send_seg(self, Buffer b, uint32_t n, int64_t timeout_ns) except -1:
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        cdef rxseg *seg = b.seg
+        cdef Py_ssize_t got
+        cdef size_t sent = 0
+        cdef int64_t deadline
+        if b.e != e:
+            # Of another stack, or an empty one: a copy goes in its place.
+            with nogil:
+                engine_lock(e)
+                seg = rxseg_lend(&e.bufs, seg.data if seg != NULL else NULL, n)
+                engine_unlock(e)
+            if seg == NULL:
+                raise MemoryError(f"no memory for {n} bytes")
+        try:
+            with nogil:
+                deadline = deadline_of(timeout_ns)
+                got = user_send_seg(e, s, seg, n, deadline)
+            while got == -EINTR:
+                PyErr_CheckSignals()
+                with nogil:
+                    got = user_send_seg(e, s, seg, n, deadline)
+            if got < -ERRNO_MAX:
+                self.sendall(seg.data, n, None, timeout_ns, &sent)
+            elif got < 0:
+                raise_timed(got, timeout_ns)
+        except BaseException:
+            if seg != b.seg:
+                self.give_back(seg)
+            raise
+        if got >= 0 and seg == b.seg:
+            b.seg = NULL                   # the connection's
+        elif got < 0 and seg != b.seg:
+            self.give_back(seg)
+        return 0
+
+    def send_buffer(self, Buffer b not None, Py_ssize_t nbytes=-1, int64_t timeout_ns=-1):
+        """TCP: give the buffer's first nbytes (-1: all) to the connection; ownership passes, or it raises."""
+        cdef uint32_t n
+        b.pin()
+        try:
+            n = length_to_send(b, nbytes)
+            self.send_seg(b, n, timeout_ns)
+        except BaseException:
+            b.unpin(False)
+            raise
+        b.unpin(True)
+        return n
+
+    def alloc_buffer(self, Py_ssize_t nbytes):
+        """Memory of the stack to write into; what it holds at first is undefined."""
+        cdef engine *e = self.e
+        cdef rxseg *seg
+        cdef Buffer b
+        if not 0 <= nbytes <= ALLOC_MAX_BYTES:
+            raise ValueError(f"alloc_buffer({nbytes}): 0 to {ALLOC_MAX_BYTES} bytes are possible")
+        b = Buffer.__new__(Buffer)
+        b.engine = self.engine
+        b.e = e
+        with nogil:
+            engine_lock(e)
+            seg = rxseg_lend(&e.bufs, NULL, <uint32_t>nbytes)
+            engine_unlock(e)
+        if seg == NULL:
+            raise MemoryError(f"no memory for {nbytes} bytes")
+        b.seg = seg
+        b.writable = True
+        return b
+
+    cdef Buffer lend(self, rxseg *seg):
+        cdef Buffer b = Buffer.__new__(Buffer)
+        b.engine = self.engine
+        b.e = self.e
+        if self.kind == UL_IPPROTO_UDP:
+            # Datagrams mostly come from the same peer: its tuple is kept.
+            if self.src_tuple is None or seg.rport != self.src_port or not addr_equal(&seg.raddr, &self.src):
+                self.src_tuple = (addr_to_text(&seg.raddr), seg.rport)
+                self.src = seg.raddr
+                self.src_port = seg.rport
+            b.address = self.src_tuple
+        b.seg = seg                        # last: what raises above leaves it with the caller
+        return b
+
     def recv_buffer(self, size_t max_bytes, int64_t timeout_ns=-1):
         """Up to max_bytes (TCP) or one datagram (UDP) as a Buffer; empty at end of file."""
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef rxseg *seg
-        cdef Buffer b
         cdef int err = 0
         cdef int64_t deadline = deadline_of(timeout_ns)
         while True:
@@ -330,13 +500,57 @@ cdef class Session:
             if err < 0:
                 raise_timed(err, timeout_ns)
             return Buffer.__new__(Buffer)  # end of file: an empty one
-        b = Buffer.__new__(Buffer)
-        b.engine = self.engine
-        b.e = e
-        b.seg = seg
-        if self.kind == UL_IPPROTO_UDP:
-            b.address = (addr_to_text(&seg.raddr), seg.rport)
-        return b
+        return self.lend_all(seg)[0]
+
+    def recv_buffers(self, uint32_t count, int64_t timeout_ns=-1):
+        """Up to count datagrams (UDP) or pieces of the stream (TCP), waiting for the first only; [] at end of file."""
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        cdef rxseg *seg
+        cdef Buffer b
+        cdef int err = 0
+        cdef int64_t deadline = deadline_of(timeout_ns)
+        while True:
+            with nogil:
+                seg = user_recv_segs(e, s, PIECE_MAX_BYTES, count, deadline, &err)
+            if seg != NULL or err != -EINTR:
+                break
+            PyErr_CheckSignals()
+        if seg != NULL:
+            return self.lend_all(seg)
+        if err < -ERRNO_MAX:
+            b = self.recv_buffer(CHUNK_BYTES, timeout_ns)
+            return [b] if b.e != NULL else []
+        if err < 0:
+            raise_timed(err, timeout_ns)
+        return []
+
+    cdef list lend_all(self, rxseg *seg):
+        """A chain of segments as buffers."""
+        cdef rxseg *following
+        cdef list out = []
+        try:
+            while seg != NULL:
+                following = seg.next
+                b = self.lend(seg)
+                seg = following            # b has it
+                out.append(b)
+        except BaseException:
+            self.give_back(seg)
+            raise
+        return out
+
+    cdef void give_back(self, rxseg *seg) noexcept:
+        """A chain of segments that no Buffer could be made for."""
+        cdef engine *e = self.e
+        cdef rxseg *following
+        with nogil:
+            engine_lock(e)
+            while seg != NULL:
+                following = seg.next
+                rxseg_free(&e.bufs, seg)
+                seg = following
+            engine_unlock(e)
 
     # ------------------------------------------------------------ readiness
 

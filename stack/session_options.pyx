@@ -1,6 +1,6 @@
 """Socket options of a session: what a shell keeps for its connection, and what goes to the protocol at once."""
 
-from libc.errno cimport EINVAL, ENOPROTOOPT
+from libc.errno cimport EINVAL, ENOPROTOOPT, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from ulnet.stack.engine_core cimport ROLE_TCP
@@ -41,7 +41,10 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
             if s.udp != NULL:
                 s.udp.rcvbuf_bytes = s.cfg.rcvbuf_bytes
             return 0
-        if level == SOL_SOCKET and (name == SO_SNDBUF or name == SO_KEEPALIVE):
+        if level == SOL_SOCKET and name == SO_KEEPALIVE:
+            s.cfg.keepalive = value != 0   # means nothing, but is remembered
+            return 0
+        if level == SOL_SOCKET and name == SO_SNDBUF:
             return 0
         return -ENOPROTOOPT
     # The configuration is what accepted connections inherit and what the control block starts with.
@@ -85,6 +88,8 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
 
 
 cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nogil:
+    if level != SOL_SOCKET and level != SOL_IP and level != s.flow.proto:
+        return -EOPNOTSUPP                 # setsockopt() says ENOPROTOOPT to the same: so does Linux
     if level == SOL_IP and name == IP_TTL:
         value[0] = s.ttl
         return 0

@@ -125,6 +125,9 @@ cdef int tcp_so_error(tcp_pcb *pcb, bint clear) noexcept nogil                  
 # >= 1 bytes taken; -EAGAIN no room; -EPIPE our side is shut or the connection is gone; -ENOTCONN
 cdef Py_ssize_t tcp_write(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, size_t n) noexcept nogil
 cdef Py_ssize_t tcp_write_hold(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, size_t n, object owner)
+# The first n bytes of a lent segment, which is the connection's from here on: all of them as soon as there is any
+# room, so the send buffer may be passed by one segment. n, or as tcp_write: then it is still the caller's.
+cdef Py_ssize_t tcp_write_seg(tcp_env *env, tcp_pcb *pcb, rxseg *seg, uint32_t n) noexcept nogil
 # >= 1 bytes; 0 end of file; -EAGAIN nothing yet; pending error otherwise
 cdef Py_ssize_t tcp_read(tcp_env *env, tcp_pcb *pcb, uint8_t *out, size_t n, bint peek) noexcept nogil
 cdef rxseg *tcp_read_seg(tcp_env *env, tcp_pcb *pcb, size_t max_bytes, int *err) noexcept nogil  # zero copy; *err as tcp_read

@@ -5,7 +5,10 @@
 from libc.errno cimport EAGAIN, EINVAL, EISCONN, ENOMEM, ENOPROTOOPT, ENOTCONN, EPIPE
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from ulnet.stack.buf cimport rxq_clear, rxq_drop, rxq_read, rxq_take, rxseg, txq_append_copy, txq_append_hold, txq_clear
+from ulnet.stack.buf cimport (
+    rxq_clear, rxq_drop, rxq_read, rxq_take, rxseg, rxseg_free, txq_append_copy, txq_append_hold, txq_append_seg,
+    txq_clear,
+)
 from ulnet.stack.seqnum cimport seq_gt, seq_lt
 from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_congestion cimport TCP_CC_NEWRENO, tcp_cc_start
@@ -200,7 +203,9 @@ cdef uint32_t tcp_ready(const tcp_pcb *pcb) noexcept nogil:
         r |= UL_ERROR
     if pcb.flags & (TF_EOF | TF_SHUT_RD) or gone:
         r |= UL_RDHUP
-    if gone or pcb.state == TCP_CLOSING or pcb.state == TCP_LAST_ACK or pcb.state == TCP_TIME_WAIT:
+    # Both directions are over, the peer's because it said so or because shutdown() did.
+    if gone or pcb.state >= TCP_CLOSING or (
+            pcb.flags & TF_SHUT_RD and (pcb.state == TCP_FIN_WAIT_1 or pcb.state == TCP_FIN_WAIT_2)):
         r |= UL_HUP
     return r
 
@@ -254,6 +259,20 @@ cdef Py_ssize_t tcp_write_hold(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, 
     return <Py_ssize_t>n
 
 
+cdef Py_ssize_t tcp_write_seg(tcp_env *env, tcp_pcb *pcb, rxseg *seg, uint32_t n) noexcept nogil:
+    cdef Py_ssize_t room = room_to_write(pcb)
+    if room < 0:
+        return room
+    if n < HOLD_FROM_BYTES:
+        if n and txq_append_copy(env.bufs, &pcb.snd, seg.data, n) < 0:
+            return -ENOMEM
+        rxseg_free(env.bufs, seg)
+    elif txq_append_seg(env.bufs, &pcb.snd, seg, n) < 0:
+        return -ENOMEM
+    pcb.flags |= TF_OUTPUT
+    return <Py_ssize_t>n
+
+
 cdef void after_read(tcp_pcb *pcb) noexcept nogil:
     """Announce the window when it opened enough. Rarely: acknowledgements of arriving data carry it anyway.
     Surely: whenever little of it is left to the peer, so that it never waits for us in vain."""
@@ -272,9 +291,11 @@ cdef void after_read(tcp_pcb *pcb) noexcept nogil:
 
 
 cdef inline Py_ssize_t nothing_to_read(tcp_pcb *pcb) noexcept nogil:
+    if pcb.flags & TF_EOF:
+        return 0                     # for good, whatever happened since
     if pcb.so_error:
         return tcp_so_error(pcb, True)
-    if pcb.flags & (TF_EOF | TF_SHUT_RD):
+    if pcb.flags & TF_SHUT_RD:
         return 0
     if pcb.state == TCP_CLOSED:
         return 0 if pcb.flags & TF_OPENED else -ENOTCONN
@@ -327,7 +348,7 @@ cdef void shut_write(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
 cdef int tcp_shutdown(tcp_env *env, tcp_pcb *pcb, int how) noexcept nogil:
     if how != SHUT_RD and how != SHUT_WR and how != SHUT_RDWR:
         return -EINVAL
-    if pcb.state == TCP_CLOSED or pcb.state == TCP_SYN_SENT:
+    if pcb.state == TCP_CLOSED or pcb.state == TCP_SYN_SENT or pcb.state == TCP_TIME_WAIT:
         return -ENOTCONN
     if how != SHUT_WR:
         pcb.flags |= TF_SHUT_RD

@@ -6,7 +6,7 @@ the end of the burst.
 # Read first: RFC 9293 3.10.7.3 (SYN-SENT), 3.10.7.4 (the rest); RFC 5961 3 to 5; RFC 7323 3 to 5; RFC 5681 3.2.
 # Call order: tcp_segment_arrives -> in_syn_sent | in_other_states -> on_ack -> on_data -> on_fin.
 
-from libc.errno cimport ECONNREFUSED, ECONNRESET
+from libc.errno cimport ECONNREFUSED, ECONNRESET, EPIPE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from ulnet.stack.buf cimport rxq_append, txq_drop
 from ulnet.stack.seqnum cimport seq_ge, seq_gt, seq_le, seq_lt
@@ -162,6 +162,8 @@ cdef void on_reset(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg) noexcept nogi
         tcp_done(env, pcb, -ECONNRESET if pcb.flags & TF_PASSIVE else -ECONNREFUSED)
     elif pcb.state == TCP_CLOSING or pcb.state == TCP_LAST_ACK:
         tcp_done(env, pcb, 0)            # RFC 9293 3.10.7.4: both sides had closed
+    elif pcb.state == TCP_CLOSE_WAIT:
+        tcp_done(env, pcb, -EPIPE)       # as Linux: the stream had its end, it is writing that fails
     else:
         tcp_done(env, pcb, -ECONNRESET)
 
@@ -285,8 +287,8 @@ cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data,
     cdef uint32_t size
     if pcb.state != TCP_ESTABLISHED and pcb.state != TCP_FIN_WAIT_1 and pcb.state != TCP_FIN_WAIT_2:
         return True                      # behind a FIN there is nothing (RFC 9293 3.10.7.4)
-    if pcb.flags & TF_USER_GONE:
-        # Nobody will read it: tell the peer so (RFC 2525 2.17, RFC 9293 3.6.1)
+    if pcb.flags & TF_USER_GONE or (pcb.flags & TF_SHUT_RD and pcb.state != TCP_ESTABLISHED):
+        # Nobody will read it: tell the peer so (RFC 2525 2.17, RFC 9293 3.6.1); Linux: also after SHUT_RDWR
         tcp_send_bare(env, pcb, pcb.snd_max, pcb.rcv_nxt, TCP_RST | TCP_ACK)
         tcp_done(env, pcb, -ECONNRESET)
         return False
@@ -307,19 +309,16 @@ cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data,
         seg.held = held
         tcp_send_dup_ack(env, pcb)       # RFC 5681 4.2: at once
         return True
-    if pcb.flags & TF_SHUT_RD:
-        pcb.rcv_nxt += n                 # the user said that it will not read
-        pcb.rcv_nxt = ooo_pull(env.bufs, &pcb.ooo, NULL, pcb.rcv_nxt)
-    else:
-        if rxq_append(env.bufs, &pcb.rcv, data, n, seq, seg.frame, True, &held) < 0:
-            env.counters.nomem_dropped += 1
-            tcp_want_ack(pcb)
-            return True
-        seg.held = held
-        pcb.rcv_nxt += n
-        if pcb.ooo.head != NULL:
-            pcb.rcv_nxt = ooo_pull(env.bufs, &pcb.ooo, &pcb.rcv, pcb.rcv_nxt)
-            tcp_want_ack(pcb)            # RFC 5681 4.2: a filled gap, at once
+    # As Linux, also after shutdown(SHUT_RD): what comes all the same can be read.
+    if rxq_append(env.bufs, &pcb.rcv, data, n, seq, seg.frame, True, &held) < 0:
+        env.counters.nomem_dropped += 1
+        tcp_want_ack(pcb)
+        return True
+    seg.held = held
+    pcb.rcv_nxt += n
+    if pcb.ooo.head != NULL:
+        pcb.rcv_nxt = ooo_pull(env.bufs, &pcb.ooo, &pcb.rcv, pcb.rcv_nxt)
+        tcp_want_ack(pcb)                # RFC 5681 4.2: a filled gap, at once
     pcb.unacked_in_bytes += n
     if pcb.unacked_in_bytes >= 2 * <uint32_t>pcb.rcv_mss or pcb.flags & TF_QUICKACK:
         tcp_want_ack(pcb)

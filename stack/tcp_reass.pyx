@@ -111,10 +111,7 @@ cdef uint32_t ooo_pull(bufpool *p, rxqueue *ooo, rxqueue *rcv, uint32_t rcv_nxt)
         s.len_bytes -= skip
         s.seq += skip
         rcv_nxt += s.len_bytes
-        if rcv != NULL:
-            rxq_push(rcv, s)
-        else:
-            rxseg_free(p, s)
+        rxq_push(rcv, s)
     return rcv_nxt
 
 

@@ -259,13 +259,23 @@ def test_data_after_close_resets() -> None:
     assert e.state == "CLOSED"
 
 
-def test_shut_down_reading_still_acknowledges() -> None:
+def test_what_comes_after_reading_was_shut_down_can_be_read() -> None:
     e = established()
     e.shutdown(0)
+    assert e.read() == b""
     e.inject("A", payload=bytes(3000))
     e.sim.advance(SECOND)
     assert e.sim.trace[-1].ack == 3001
+    assert e.read() == bytes(3000)
     assert e.read() == b""
+
+
+def test_data_after_both_directions_were_shut_down_resets() -> None:
+    e = established()
+    e.shutdown(2)
+    (rst,) = e.inject("A", payload=b"nobody is here")
+    assert "R" in rst.flags
+    assert e.state == "CLOSED"
 
 
 def test_reset_while_closing_is_no_error() -> None:

@@ -37,6 +37,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from zmq.utils import garbage
 
 from ci import conformance_table as table
 
@@ -51,8 +52,8 @@ ARRANGEMENTS = {
     "from-kernel": "client the kernel's, server ours",
     "itself": "both ours",
 }
-HANG_S = 60.0  # CPython's slowest test takes some 6 s
-DESCRIPTORS = 4096  # test_selectors opens as many as it may
+HANG_S = 40.0  # CPython's slowest test takes some 6 s, its own patience with threads ends after 30
+DESCRIPTORS = 2400  # test_selectors opens as many as it may; FD_SETSIZE is 1024
 
 Outcome = dict[str, Any]
 
@@ -72,22 +73,27 @@ class Door(types.ModuleType):
 
     def __init__(self, client_is_ours: bool, server_is_ours: bool) -> None:
         super().__init__("socket")
-        pick = {False: std, True: ours}
         self.__dict__["_main"] = threading.get_ident()
+        self.choose(client_is_ours, server_is_ours)
+
+    def choose(self, client_is_ours: bool, server_is_ours: bool) -> None:
+        """Which module other threads (clients) and the main thread (the server) have from now on."""
+        pick = {False: std, True: ours}
         self.__dict__["_modules"] = pick[client_is_ours], pick[server_is_ours]
 
-    def _here(self) -> types.ModuleType:
+    def here(self) -> types.ModuleType:
+        """The module of the calling thread."""
         inside: types.ModuleType = self.__dict__["_modules"][threading.get_ident() == self.__dict__["_main"]]
         return inside
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._here(), name)
+        return getattr(self.here(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._here(), name, value)
+        setattr(self.here(), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._here(), name)
+        delattr(self.here(), name)
 
 
 class Loopbacks(ast.NodeTransformer):
@@ -139,8 +145,8 @@ def pair_of(client: types.ModuleType, server: types.ModuleType, host: str, far: 
     return socketpair
 
 
-def prepare(arrangement: str, far: Host) -> list[type[unittest.TestCase]]:
-    """Load the tests for an arrangement; the classes that are to run in it."""
+def prepare(arrangement: str, far: Host) -> Iterator[tuple[type[unittest.TestCase], bool]]:
+    """Load the tests for an arrangement: each class that is to run in it, and whether the main thread is the kernel's."""
     from test.support import socket_helper
 
     client_is_ours, server_is_ours = arrangement != "from-kernel", arrangement != "to-kernel"
@@ -148,7 +154,7 @@ def prepare(arrangement: str, far: Host) -> list[type[unittest.TestCase]]:
     door = Door(client_is_ours, server_is_ours)
 
     def own_address() -> str:
-        return ADDRESS if door._here() is ours else PEER
+        return ADDRESS if door.here() is ours else PEER
 
     def bind_port(sock: Any, host: str = host) -> int:
         sock.bind((own_address(), 0))
@@ -159,10 +165,18 @@ def prepare(arrangement: str, far: Host) -> list[type[unittest.TestCase]]:
     helper.HOST = host
     helper.IPV6_ENABLED = False
     helper.bind_port = bind_port
+    private: Any = ours
+    private._LOCALHOST = host
     sockets: Any = load("test.test_socket", host, door)
     selectors: Any = load("test.test_selectors", host, door)
     selectors.socketpair = pair_of(
         ours if client_is_ours else std, ours if server_is_ours else std, host, far
+    )
+    # It opens sockets up to the limit, and counts on one descriptor each; ours have two.
+    selectors.resource = types.SimpleNamespace(
+        RLIMIT_NOFILE=resource.RLIMIT_NOFILE,
+        getrlimit=lambda _: (DESCRIPTORS, DESCRIPTORS),
+        setrlimit=lambda *_: None,
     )
     run_client = sockets.ThreadableTest.clientRun
 
@@ -171,14 +185,14 @@ def prepare(arrangement: str, far: Host) -> list[type[unittest.TestCase]]:
             run_client(self, function)
 
     sockets.ThreadableTest.clientRun = clientRun
-    classes = []
     for module in (sockets, selectors):
-        for value in vars(module).values():
+        for value in list(vars(module).values()):
             if inspect.isclass(value) and issubclass(value, unittest.TestCase) and value.__module__ == module.__name__:
-                threaded = issubclass(value, sockets.ThreadableTest) or module is selectors
-                if threaded or arrangement == "itself" or value.__name__ in table.CLIENTS and client_is_ours:
-                    classes.append(value)
-    return classes
+                threaded = issubclass(value, sockets.ThreadableTest)
+                client = value.__name__ in table.CLIENTS and client_is_ours
+                if threaded or client or module is selectors or arrangement == "itself":
+                    door.choose(client_is_ours, server_is_ours or client)
+                    yield value, threaded and not server_is_ours
 
 
 class Recorder(unittest.TestResult):
@@ -218,11 +232,11 @@ def work(arrangement: str, bed: Bed, wanted: list[str], done: set[tuple[str, str
         os.write(out, json.dumps(what).encode() + b"\n")
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, limit), min(DESCRIPTORS, limit)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(5 * DESCRIPTORS, limit), limit))
+    garbage.gc.start()  # pyzmq's own thread, begun at the first large message: the tests count threads
     ours.set_default_host(bed.proxy())
-    main_is_kernel = arrangement == "to-kernel"
-    for case in prepare(arrangement, bed.b):
-        name = case.__name__
+    for case, main_is_kernel in prepare(arrangement, bed.b):
+        name, ready = case.__name__, False
         if not chosen(name, wanted):
             continue
         reason = table.class_reason(name)
@@ -237,14 +251,20 @@ def work(arrangement: str, bed: Bed, wanted: list[str], done: set[tuple[str, str
             if reason:
                 tell(cls=name, test=method, outcome="excluded", detail=reason)
                 continue
+            if not ready:
+                case.setUpClass()
+                ready = True
             tell(cls=name, test=method, outcome="started")
             faulthandler.dump_traceback_later(HANG_S, exit=True)
             result, began = Recorder(), time.monotonic()
-            with bed.b if main_is_kernel and name not in table.CLIENTS else contextlib.nullcontext():
+            with bed.b if main_is_kernel else contextlib.nullcontext():
                 test.run(result)
             faulthandler.cancel_dump_traceback_later()
             seconds = round(time.monotonic() - began, 3)
             tell(cls=name, test=method, outcome=result.outcome, detail=result.detail, seconds=seconds)
+        if ready:
+            case.tearDownClass()
+            case.doClassCleanups()
     tell(cls="", test="", outcome="end")
 
 
@@ -382,6 +402,7 @@ def main() -> int:
             )
 
     outcomes = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("conformance: ended by SIGTERM"))  # the hosts are removed
     with tempfile.TemporaryDirectory() as folder:
         bed = Bed(Path(folder))
         try:

@@ -14,6 +14,7 @@ cdef class Socket:
     cdef object _src_tuple
     cdef object __weakref__
     cdef Session _live(self)
+    cdef int _wait_ns(self, int64_t timeout_ns) except -1
     cdef Py_ssize_t _send(self, Session s, const uint8_t *data, size_t n, object owner, int flags) except -1
     cdef Py_ssize_t _read(self, Session s, uint8_t *out, size_t n, int flags, ul_addr *src, uint16_t *sport,
                           uint32_t *full_bytes) except -1

@@ -7,6 +7,7 @@ socket's time-out, a result of exact size. Semantics are those of the standard m
 """
 
 import socket as _std
+from operator import index as operator_index
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -129,9 +130,25 @@ def parse_address(object address, str call) -> tuple[str, int]:
     return quad_text(ip), port
 
 
+cdef object NOT_GIVEN = object()
+
+
 cdef int flags_check(int flags) except -1:
     if flags & MSG_OOB:
         raise OSError(EOPNOTSUPP, "urgent data (MSG_OOB) is not supported; RFC 6093 advises against its use")
+    return 0
+
+
+cdef int ancillary_check(list ancdata) except -1:
+    for item in ancdata:
+        if not isinstance(item, (tuple, list)) or len(item) != 3:
+            raise TypeError("sendmsg() argument 2 must be an iterable of (level, type, data) tuples")
+        level, kind, data = item
+        operator_index(level)
+        operator_index(kind)
+        memoryview(data)
+    if ancdata:
+        raise OSError(EOPNOTSUPP, "ancillary data cannot be sent: this stack has no control messages")
     return 0
 
 
@@ -176,18 +193,23 @@ cdef class Socket:
 
     # --- time-outs ---
 
+    cdef int _wait_ns(self, int64_t timeout_ns) except -1:
+        self._live().set_nonblocking(timeout_ns >= 0)     # as the standard module: any time-out means O_NONBLOCK
+        self._timeout_ns = timeout_ns
+        return 0
+
     def settimeout(self, object value, /) -> None:
         """None: wait for ever. 0: never wait (BlockingIOError). Else TimeoutError after so many seconds."""
         cdef double seconds
         if value is None:
-            self._timeout_ns = FOREVER
+            self._wait_ns(FOREVER)
             return
         seconds = value
         if not seconds >= 0:
             raise ValueError("Timeout value out of range")
         if seconds > 9.2e9:
             raise OverflowError(f"timeout of {value} s is too large: at most 9.2e9 s, or None to wait for ever")
-        self._timeout_ns = <int64_t>ceil(seconds * 1e9)
+        self._wait_ns(<int64_t>ceil(seconds * 1e9))
 
     def gettimeout(self) -> float | None:
         """Seconds, 0.0 for non-blocking, None for blocking."""
@@ -200,7 +222,7 @@ cdef class Socket:
 
     def setblocking(self, bint flag, /) -> None:
         """True: settimeout(None); False: settimeout(0)."""
-        self._timeout_ns = FOREVER if flag else 0
+        self._wait_ns(FOREVER if flag else 0)
 
     def getblocking(self) -> bool:
         """False only in non-blocking mode (time-out 0)."""
@@ -250,7 +272,7 @@ cdef class Socket:
         finally:
             PyBuffer_Release(&view)
 
-    def sendto(self, object data, object flags_or_address, object address=None, /) -> int:
+    def sendto(self, object data, object flags_or_address, object address=NOT_GIVEN, /) -> int:
         """sendto(data, address) or sendto(data, flags, address): one datagram. TCP ignores the address (send(2))."""
         cdef Session s = self._live()
         cdef Py_buffer view
@@ -258,17 +280,17 @@ cdef class Socket:
         cdef uint8_t ip[4]
         cdef int port
         cdef int flags = 0
-        if address is None:
+        if address is NOT_GIVEN:
             address = flags_or_address
         else:
             flags = flags_or_address
         flags_check(flags)
-        port = address_parse(address, "sendto", ip)
-        addr_from_ipv4(&dst, ip)
-        if self._dgram and not self._named:
-            self._autobind()
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            port = address_parse(address, "sendto", ip)
+            addr_from_ipv4(&dst, ip)
+            if self._dgram and not self._named:
+                self._autobind()
             if not self._dgram:
                 return self._send(s, <const uint8_t *>view.buf, view.len, owner_of(data), flags)
             return s.sendto(<const uint8_t *>view.buf, view.len, &dst, <uint16_t>port, flags, self._timeout_ns)
@@ -283,8 +305,8 @@ cdef class Socket:
         cdef Py_ssize_t total = 0
         cdef Py_ssize_t taken = 0
         cdef Py_ssize_t n
-        if list(ancdata):
-            raise OSError(EOPNOTSUPP, "ancillary data cannot be sent: this stack has no control messages")
+        cdef uint8_t ip[4]
+        ancillary_check(list(ancdata))
         for piece in buffers:
             piece = memoryview(piece).cast("B")
             pieces.append(piece)
@@ -294,6 +316,8 @@ cdef class Socket:
                 raise OSError(EMSGSIZE, f"datagram of {total} bytes is too long: at most 65507")
             joined = b"".join(pieces)
             return self.send(joined, flags) if address is None else self.sendto(joined, flags, address)
+        if address is not None:
+            address_parse(address, "sendmsg", ip)     # send(2): a stream ignores it
         if total <= GATHER_BYTES:
             return self.send(b"".join(pieces), flags)
         for piece in pieces:

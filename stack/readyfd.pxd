@@ -10,4 +10,5 @@ ctypedef struct readyfd:
 
 cdef readyfd *readyfd_new(int *err) noexcept nogil
 cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil    # no system call when nothing changed
+cdef void readyfd_blocking(readyfd *r, bint blocking) noexcept nogil  # O_NONBLOCK as the user sees it
 cdef void readyfd_free(readyfd *r) noexcept nogil                    # closes both ends

@@ -64,7 +64,11 @@ cdef extern from *:
     extern int dup3(int, int, int);
     """
     int dup3(int old, int new, int flags) nogil
+    int fcntl(int fd, int command, ...) nogil
     enum: O_CLOEXEC
+    enum: O_NONBLOCK
+    enum: F_GETFL
+    enum: F_SETFL
 
 cdef extern from "<poll.h>" nogil:
     enum: POLLOUT
@@ -162,6 +166,7 @@ cdef bint renew(readyfd *r) noexcept nogil:
     cdef int our_fd = -1
     if pair_new(&user_fd, &our_fd) < 0:
         return False                             # out of descriptors: the old truth stays
+    fcntl(user_fd, F_SETFL, fcntl(r.user_fd, F_GETFL))
     if dup3(user_fd, r.user_fd, O_CLOEXEC) < 0:
         c_close(user_fd)
         c_close(our_fd)
@@ -223,6 +228,12 @@ cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
         c_send(r.our_fd, zeros, 1, MSG_DONTWAIT | MSG_NOSIGNAL)
         r.syscalls += 1
     r.shown = want
+
+
+cdef void readyfd_blocking(readyfd *r, bint blocking) noexcept nogil:
+    # Our own calls on it say MSG_DONTWAIT: the flag is there to be looked at.
+    fcntl(r.user_fd, F_SETFL, 0 if blocking else O_NONBLOCK)
+    r.syscalls += 1
 
 
 cdef void readyfd_free(readyfd *r) noexcept nogil:

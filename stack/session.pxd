@@ -14,6 +14,7 @@ cdef class Session:
     cdef engine *e
     cdef readonly object engine          # the Engine: keeps e alive
     cdef readonly int kind
+    cdef bint nonblocking                # what O_NONBLOCK of the descriptor shows
     cdef object __weakref__
     # timeout_ns: -1 for ever, 0 never block (BlockingIOError), else TimeoutError after it.
     # Errors are raised as OSError with the BSD errno. flags: MSG_PEEK, MSG_DONTWAIT, MSG_WAITALL, MSG_TRUNC.

@@ -64,5 +64,10 @@ class Session:
     def shutdown(self, how: int) -> None: ...
     def fileno(self) -> int:
         """The truthful descriptor (made at first use)."""
+    def set_nonblocking(self, nonblocking: bool) -> None:
+        """Let O_NONBLOCK of the descriptor say so."""
+    @property
+    def descriptor(self) -> int:
+        """What fileno() gave; -1 if it was not called yet."""
     def stat(self) -> dict[str, int]:
         """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat)."""

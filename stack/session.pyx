@@ -10,7 +10,7 @@ from libc.string cimport memset
 from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport rxseg, rxseg_free
 from ulnet.stack.engine_core cimport (
-    PHASE_CONNECTING, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_settle, session_close, session_ready,
+    PHASE_CONNECTING, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_poll, engine_settle, engine_tick, session_close, session_ready,
     session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_user cimport (
@@ -18,7 +18,7 @@ from ulnet.stack.engine_user cimport (
     user_wait,
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, helper_wake
-from ulnet.stack.readyfd cimport readyfd_new, readyfd_show
+from ulnet.stack.readyfd cimport readyfd_blocking, readyfd_new, readyfd_show
 from ulnet.stack.session_options cimport option_get, option_set
 from ulnet.stack.tcp cimport tcp_so_error, tcp_stat, tcp_stat_get, tcp_state
 from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_IPPROTO_UDP, addr_is_zero, ul_addr
@@ -30,6 +30,10 @@ cdef extern from *:
     static inline void ulnet_set_errno(int n) { errno = n; }
     """
     void ulnet_set_errno(int n)
+
+cdef enum:
+    BURST = 64
+
 
 STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT",
           "CLOSING", "LAST-ACK", "TIME-WAIT")
@@ -314,12 +318,36 @@ cdef class Session:
                 s.fd = readyfd_new(&err)
                 if s.fd != NULL:
                     e.watched += 1
+                    if not self.nonblocking:
+                        readyfd_blocking(s.fd, True)
+                    engine_tick(e)
+                    engine_poll(e, BURST)  # what has come by now is shown at once
                     readyfd_show(s.fd, session_ready(s))
                     helper_wake(e)         # from now on frames must be noticed at once
             engine_unlock(e)
         if s.fd == NULL:
             fail(err)
         return s.fd.user_fd
+
+    def set_nonblocking(self, bint nonblocking):
+        """Let O_NONBLOCK of the descriptor say so."""
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        if self.nonblocking == nonblocking:
+            return
+        self.nonblocking = nonblocking
+        if s.fd != NULL:
+            with nogil:
+                engine_lock(e)
+                if s.fd != NULL:
+                    readyfd_blocking(s.fd, not nonblocking)
+                engine_unlock(e)
+
+    @property
+    def descriptor(self):
+        """What fileno() gave; -1 if it was not called yet."""
+        cdef ul_session *s = self.s
+        return -1 if s.closing or s.fd == NULL else s.fd.user_fd
 
     # ------------------------------------------------------------ names, state, options
 

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import socket as _std
 import sys
 import time
 import warnings
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
+from ulnet.stack._files import Files
 from ulnet.stack._socket import Socket, parse_address
 from ulnet.stack._sockopt import Options
 from ulnet.stack.engine import ERROR, HUP, READABLE, WRITABLE
@@ -62,7 +64,6 @@ if TYPE_CHECKING:  # at run time every public name of the standard module is tak
 error = OSError
 timeout = TimeoutError
 _UNCONNECTED: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
-_SENDFILE_BYTES: Final = 262144
 _Address = tuple[str, int]
 _GLOBAL_DEFAULT_TIMEOUT: Final[Any] = cast(Any, _std)._GLOBAL_DEFAULT_TIMEOUT  # http.client compares with it
 
@@ -93,7 +94,7 @@ def get_default_host() -> Host:
 # -- the class -----------------------------------------------------------------------------------
 
 
-class socket(Socket):
+class socket(Files, Socket):
     """A TCP or UDP socket over IPv4, shaped like the standard one; send and receive calls come from ``Socket``.
 
     ``socket(AF_INET, SOCK_STREAM | SOCK_DGRAM)``; ``host``: where its sessions are set up (module docstring).
@@ -188,9 +189,11 @@ class socket(Socket):
         if self._named:
             raise OSError(errno.EINVAL, f"the socket is bound already, to {_show(self.getsockname())}")
         options = self._options
-        self._bound = self._host.bind(
+        address, port = self._host.bind(
             session, host, port, reuse_address=options.reuse_address, reuse_port=options.reuse_port
         )
+        # As the kernel: bound to any address it shows none, until it has a peer.
+        self._bound = ("0.0.0.0" if host == "0.0.0.0" else address), port
         self._adopt(session, True)
         if session.live:
             options.apply(session)
@@ -198,6 +201,7 @@ class socket(Socket):
     def listen(self, backlog: int = min(_std.SOMAXCONN, 128), /) -> None:
         """Accept connections, at most ``backlog`` of them waiting. An unbound socket gets a port first."""
         session = self._need()
+        backlog = _c_int(backlog)
         if self.type != _std.SOCK_STREAM:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if not self._named:
@@ -218,6 +222,11 @@ class socket(Socket):
         sock = _wrap(self._host, accepted, self.proto, Options(self._options), named=True)
         sock._options.apply(accepted)
         return sock, accepted.peer or ("0.0.0.0", 0)
+
+    def _accept(self) -> tuple[int, _Address]:
+        # What the C class has: the new connection as a bare descriptor, for socket(fileno=).
+        sock, address = self.accept()
+        return sock.detach(), address
 
     def _wait_accept(self, session: Session) -> Session:
         timeout_ns = self._timeout_ns
@@ -287,9 +296,9 @@ class socket(Socket):
     def getsockname(self) -> _Address:
         """The local (address, port); ("0.0.0.0", 0) without one."""
         session = self._need()
-        if session.live:
-            return session.local
-        return self._bound or ("0.0.0.0", 0)
+        if self._bound is not None and session.peer is None:
+            return self._bound
+        return session.local
 
     def getpeername(self) -> _Address:
         """The peer's (address, port); ENOTCONN without one."""
@@ -301,7 +310,7 @@ class socket(Socket):
 
     def shutdown(self, how: int, /) -> None:
         """SHUT_RD, SHUT_WR (the peer reads end of file) or SHUT_RDWR."""
-        if how not in (_std.SHUT_RD, _std.SHUT_WR, _std.SHUT_RDWR):
+        if _c_int(how) not in (_std.SHUT_RD, _std.SHUT_WR, _std.SHUT_RDWR):
             raise OSError(errno.EINVAL, f"shutdown() takes SHUT_RD, SHUT_WR or SHUT_RDWR, not {how}")
         self._need().shutdown(int(how))
 
@@ -335,49 +344,6 @@ class socket(Socket):
         """A descriptor for select, poll and epoll, made at the first call; -1 once closed."""
         session = self.session
         return -1 if session is None else session.fileno()
-
-    def makefile(
-        self,
-        mode: str = "r",
-        buffering: int | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> IO[Any]:
-        """A file object over the connection; closing the socket takes effect when all of them are closed."""
-        # The standard implementation only needs our recv_into(), send() and _io_refs.
-        return cast(
-            IO[Any],
-            _std.socket.makefile(  # type: ignore[call-overload]
-                self, mode, buffering, encoding=encoding, errors=errors, newline=newline
-            ),
-        )
-
-    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
-        """Send a binary file from ``offset`` to its end, or ``count`` bytes; returns the bytes sent."""
-        if "b" not in getattr(file, "mode", "b"):
-            raise ValueError("file should be opened in binary mode")
-        if self.type != _std.SOCK_STREAM:
-            raise ValueError("only SOCK_STREAM type sockets are supported")
-        if count is not None and (not isinstance(count, int) or count <= 0):
-            raise ValueError(f"count must be a positive integer (got {count!r})")
-        if self._timeout_ns == 0:
-            raise ValueError("non-blocking sockets are not supported")
-        if offset:
-            file.seek(offset)
-        total = 0
-        try:
-            while count is None or total < count:
-                data = file.read(_SENDFILE_BYTES if count is None else min(_SENDFILE_BYTES, count - total))
-                if not data:
-                    break
-                self.sendall(data)
-                total += len(data)
-        finally:
-            if total and file.seekable():
-                file.seek(offset + total)
-        return total
 
     def dup(self) -> socket:
         """Refused: a session has one owner."""
@@ -446,8 +412,10 @@ class socket(Socket):
         session = self.session
         text = f"<{type(self).__module__}.{type(self).__qualname__}"
         if session is None:
-            return f"{text} [closed]>"
-        text += f" family={self.family}, type={self.type}, proto={self.proto}, state={session.state}"
+            return f"{text} [closed] fd=-1>"
+        if session.descriptor >= 0:  # looking at a socket must not make one
+            text += f" fd={session.descriptor},"
+        text += f" family={self.family}, type={self.type}, proto={self.proto}"
         with contextlib.suppress(OSError):
             text += f", laddr={self.getsockname()}"
             text += f", raddr={self.getpeername()}"
@@ -464,6 +432,15 @@ def _wrap(host: Host, session: Session, proto: int, options: Options, named: boo
     sock._io_refs = 0
     sock._setup(host, session, proto, options, named)
     return sock
+
+
+def _c_int(value: int) -> int:
+    """A number that must fit a C int, as the standard module's argument parsing has it."""
+    number = operator.index(value)
+    if not -0x80000000 <= number <= 0x7FFFFFFF:
+        raise OverflowError("signed integer is greater than maximum" if number > 0 else
+                            "signed integer is less than minimum")
+    return number
 
 
 def _show(address: _Address) -> str:
@@ -502,7 +479,7 @@ def create_connection(
     for family, kind, proto, _, target in getaddrinfo(address[0], address[1], _std.AF_INET, _std.SOCK_STREAM):
         sock = None
         try:
-            sock = socket(family, kind, proto, host=host)
+            sock = socket(family, kind, proto) if host is None else socket(family, kind, proto, host=host)
             if timeout is not _GLOBAL_DEFAULT_TIMEOUT:
                 sock.settimeout(timeout)
             if source_address:
@@ -535,7 +512,7 @@ def create_server(
     """A listening TCP socket bound to (host, port), with SO_REUSEADDR."""
     if dualstack_ipv6:
         raise ValueError("dualstack_ipv6 not supported on this platform")
-    sock = socket(family, _std.SOCK_STREAM, host=host)
+    sock = socket(family, _std.SOCK_STREAM) if host is None else socket(family, _std.SOCK_STREAM, host=host)
     try:
         sock.setsockopt(_std.SOL_SOCKET, _std.SO_REUSEADDR, 1)
         if reuse_port:

@@ -73,7 +73,10 @@ ctypedef struct ul_session:
     uint8_t wait_neigh
     uint8_t tos
     uint8_t ttl
-    uint8_t shut_rd          # UDP
+    uint8_t shut_rd          # UDP; LISTEN: shutdown() ended the accepting
+    uint8_t stamp            # UDP: datagrams are stamped with the time of day (SO_TIMESTAMP)
+    uint8_t mtu_discover     # IP_MTU_DISCOVER
+    uint32_t rcvlowat_bytes  # SO_RCVLOWAT; 0 as 1
     uint16_t path_mtu_bytes
     int so_error             # negative errno, for roles without a pcb
     tcp_pcb *tcp
@@ -212,6 +215,7 @@ ctypedef struct engine:
 cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint8_t *secret, int64_t spin_ns) noexcept nogil
 cdef void engine_free(engine *e) noexcept nogil
 cdef int64_t clock_now() noexcept nogil
+cdef int64_t time_of_day() noexcept nogil                            # CLOCK_REALTIME
 cdef void engine_tick(engine *e) noexcept nogil
 
 cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil

@@ -9,7 +9,7 @@ from libc.errno cimport EADDRINUSE, ECONNABORTED, ENOMEM
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
@@ -22,10 +22,10 @@ from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
 from ulnet.stack.statpage cimport stat_give
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
-    tcp_state, tcp_timers, tcp_wants_output,
+    tcp_stat, tcp_state, tcp_timers, tcp_wants_output,
 )
 from ulnet.stack.tcp_cb cimport TCP_CLOSED, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_SYN_RECEIVED, TCP_SYN_SENT
-from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
+from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
 from ulnet.stack.udp cimport udp_free, udp_ready
 
 cdef enum:
@@ -51,6 +51,12 @@ cdef int64_t clock_now() noexcept nogil:
     cdef timespec ts
     clock_gettime(CLOCK_MONOTONIC, &ts)
     return ts.tv_sec * 1000000000 + ts.tv_nsec
+
+
+cdef int64_t time_of_day() noexcept nogil:
+    cdef timespec ts
+    clock_gettime(CLOCK_REALTIME, &ts)
+    return <int64_t>ts.tv_sec * 1000000000 + ts.tv_nsec
 
 
 cdef void engine_tick(engine *e) noexcept nogil:
@@ -146,6 +152,7 @@ cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil:
     s.flow.proto = kind
     s.refs = 1
     s.ttl = 64
+    s.mtu_discover = 1                     # ip(7), IP_PMTUDISC_WANT
     s.deadline_ns = INT64_MAX
     s.all_next = e.all
     if e.all != NULL:
@@ -248,13 +255,26 @@ cdef void session_touch(engine *e, ul_session *s) noexcept nogil:
     e.touched = s
 
 
+cdef uint32_t ready_lowat(const ul_session *s) noexcept nogil:
+    # socket(7), SO_RCVLOWAT: less than that is not readable, unless no more is to come.
+    cdef tcp_stat t
+    cdef uint32_t ready = tcp_ready(s.tcp)
+    if ready & UL_READABLE and not ready & (UL_RDHUP | UL_HUP | UL_ERROR):
+        tcp_stat_get(s.tcp, &t)
+        if 0 < t.unread_bytes < s.rcvlowat_bytes:
+            ready &= ~<uint32_t>UL_READABLE
+    return ready
+
+
 cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
     if s.role == ROLE_TCP:
+        if s.rcvlowat_bytes > 1:
+            return ready_lowat(s)
         return tcp_ready(s.tcp)
     if s.role == ROLE_UDP:
         return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
     if s.role == ROLE_LISTEN:
-        return UL_READABLE if s.accept_count else 0
+        return (UL_READABLE if s.accept_count or s.shut_rd else 0) | (UL_HUP if s.shut_rd else 0)
     if s.role == ROLE_ENDED:
         return UL_READABLE | UL_WRITABLE | UL_HUP | (UL_ERROR if s.so_error else 0)
     if s.phase == PHASE_CONNECTING:

@@ -32,6 +32,10 @@ cdef int64_t NEIGHBOUR_NS = 5000000000   # a datagram waits so long for its firs
 cdef int64_t TICK_NS = 1000000
 
 
+cdef inline uint32_t load_ipv4(const ul_addr *a) noexcept nogil:
+    return (<const uint32_t *>a.b)[3]
+
+
 cdef void enter(engine *e, ul_session *s) noexcept nogil:
     engine_lock(e)
     session_ref(s)
@@ -81,7 +85,10 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
     cdef bint looked = False
     cdef bint peek = (flags & USER_PEEK) != 0
     cdef uint32_t full
+    cdef size_t enough = n                     # socket(7), SO_RCVLOWAT; recv(2), MSG_WAITALL
     enter(e, s)
+    if not flags & USER_WAITALL and s.rcvlowat_bytes < n:
+        enough = s.rcvlowat_bytes if s.rcvlowat_bytes else 1
     while True:
         if s.role == ROLE_TCP:
             got = tcp_read(&e.env, s.tcp, out + done[0], n - done[0], peek)
@@ -102,7 +109,7 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
             if peek:
                 break
             done[0] += got
-            if not flags & USER_WAITALL or done[0] == n:
+            if done[0] >= enough:
                 break
             continue
         if got != -EAGAIN:
@@ -119,7 +126,7 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
 
 
 cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
-                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes) noexcept nogil:
+                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes, user_meta *meta) noexcept nogil:
     cdef Py_ssize_t got
     cdef bint looked = False
     enter(e, s)
@@ -129,6 +136,10 @@ cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, 
                 full_bytes[0] = 0
                 got = 0
             else:
+                if meta != NULL and s.udp.rcv.head != NULL:
+                    meta.ttl = s.udp.rcv.head.ttl
+                    meta.tos = s.udp.rcv.head.tos
+                    meta.stamp_ns = s.udp.rcv.head.stamp_ns
                 got = udp_read(&e.bufs, s.udp, out, n, (flags & USER_PEEK) != 0, src, sport, full_bytes)
             if got >= 0 and s.fd != NULL:
                 session_touch(e, s)
@@ -212,14 +223,20 @@ cdef Py_ssize_t user_send(engine *e, ul_session *s, const uint8_t *data, size_t 
 
 
 cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
-                            int64_t deadline_ns) noexcept nogil:
+                            const user_meta *meta, int64_t deadline_ns) noexcept nogil:
     cdef int64_t give_up
     cdef int rc
+    cdef ul_addr self_addr
+    cdef uint8_t own_ttl = s.ttl
+    cdef uint8_t own_tos = s.tos
     cdef pollfd p
     if n > 65507:
         return -EMSGSIZE
     enter(e, s)
     give_up = e.now_ns + NEIGHBOUR_NS
+    if dst != NULL and load_ipv4(dst) == 0:
+        self_addr = s.flow.laddr               # ip(7): sent to any address is sent to this host
+        dst = &self_addr
     while True:
         if s.role != ROLE_UDP:
             rc = dead_answer(s, False)
@@ -227,13 +244,23 @@ cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_
         if s.udp.so_error:
             rc = udp_so_error(s.udp, True)
             break
+        if dst == NULL and addr_is_zero(&s.flow.raddr):
+            rc = -EDESTADDRREQ
+            break
+        if meta != NULL:                       # for this datagram only; the lock is held
+            own_ttl = s.ttl
+            own_tos = s.tos
+            if meta.ttl >= 0:
+                s.ttl = <uint8_t>meta.ttl
+            if meta.tos >= 0:
+                s.tos = <uint8_t>meta.tos
         if dst == NULL:
-            if addr_is_zero(&s.flow.raddr):
-                rc = -EDESTADDRREQ
-                break
             rc = emit_udp(e, s, &s.flow.raddr, s.flow.rport, data, <uint32_t>n)
         else:
             rc = emit_udp(e, s, dst, dport, data, <uint32_t>n)
+        if meta != NULL:
+            s.ttl = own_ttl
+            s.tos = own_tos
         if rc != -EAGAIN:
             break
         if s.wait_neigh:
@@ -287,7 +314,7 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
         elif how != 1:
             s.shut_rd = 1
     elif s.role == ROLE_LISTEN and how != 1:
-        rc = 0                             # Linux ends the listening; the owner closes it
+        s.shut_rd = 1                      # who waits in accept() is told
     else:
         rc = dead_answer(s, False)
         if rc == -EPIPE or rc == -EAGAIN:

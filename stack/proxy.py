@@ -96,6 +96,7 @@ class Proxy(Host):
         channel_fd, meta_fd, stat_fd = fds
         self._serial = attached.serial
         self.address = attached.address
+        self.ifindex = attached.ifindex
         self.prefix = attached.prefix
         self.link = PacketLink(
             channel_fd,

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from ulnet.stack.engine_core cimport engine, ul_session
+from ulnet.stack.engine_user cimport user_meta
 from ulnet.stack.types cimport ul_addr
 
 # The one place where a code of the C level becomes an OSError.
@@ -22,6 +23,11 @@ cdef class Session:
     cdef Py_ssize_t recv(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns) except -1
     cdef Py_ssize_t recvfrom(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns,
                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except -1
+    # recvfrom and sendto with what comes and goes beside the datagram; meta may be NULL.
+    cdef Py_ssize_t recv_datagram(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns, ul_addr *src,
+                                  uint16_t *sport, uint32_t *full_bytes, user_meta *meta) except -1
+    cdef Py_ssize_t send_datagram(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
+                                  const user_meta *meta, int64_t timeout_ns) except -1
     # Sends what fits (at least one byte). `owner`: an immutable object that may be held instead of copied, or None.
     cdef Py_ssize_t send(self, const uint8_t *data, size_t n, object owner, int flags, int64_t timeout_ns) except -1
     # All of it, or an exception; *sent tells how far it came.

@@ -14,6 +14,7 @@ from ulnet.stack.engine_core cimport (
     session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_user cimport (
+    user_meta,
     USER_DONTWAIT, USER_RESOLVE, user_recv, user_recv_seg, user_recvfrom, user_send, user_sendto, user_shutdown,
     user_wait,
 )
@@ -181,6 +182,10 @@ cdef class Session:
 
     cdef Py_ssize_t recvfrom(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns,
                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except -1:
+        return self.recv_datagram(out, n, flags, timeout_ns, src, sport, full_bytes, NULL)
+
+    cdef Py_ssize_t recv_datagram(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns, ul_addr *src,
+                                  uint16_t *sport, uint32_t *full_bytes, user_meta *meta) except -1:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef Py_ssize_t got = -EINTR
@@ -190,7 +195,7 @@ cdef class Session:
         deadline = deadline_of(timeout_ns)
         while True:
             with nogil:
-                got = user_recvfrom(e, s, out, n, flags, deadline, src, sport, full_bytes)
+                got = user_recvfrom(e, s, out, n, flags, deadline, src, sport, full_bytes, meta)
             if got != -EINTR:
                 break
             PyErr_CheckSignals()
@@ -229,6 +234,10 @@ cdef class Session:
 
     cdef Py_ssize_t sendto(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
                            int64_t timeout_ns) except -1:
+        return self.send_datagram(data, n, dst, dport, flags, NULL, timeout_ns)
+
+    cdef Py_ssize_t send_datagram(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
+                                  const user_meta *meta, int64_t timeout_ns) except -1:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef Py_ssize_t got
@@ -238,7 +247,7 @@ cdef class Session:
         deadline = deadline_of(timeout_ns)
         while True:
             with nogil:
-                got = user_sendto(e, s, data, n, dst, dport, deadline)
+                got = user_sendto(e, s, data, n, dst, dport, meta, deadline)
             if got == -EINTR:
                 PyErr_CheckSignals()
             elif got == -USER_RESOLVE:
@@ -449,7 +458,7 @@ cdef class Session:
         cdef int value = 0
         with nogil:
             engine_lock(e)
-            rc = option_get(s, level, name, &value)
+            rc = option_get(e, s, level, name, &value)
             engine_unlock(e)
         if rc < 0:
             fail(rc)

@@ -64,6 +64,8 @@ if TYPE_CHECKING:  # at run time every public name of the standard module is tak
 error = OSError
 timeout = TimeoutError
 _UNCONNECTED: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
+_LINGERING: Final = frozenset(("FIN-WAIT-1", "CLOSING", "LAST-ACK"))
+_LINGER_STEP_NS: Final = 2_000_000
 _Address = tuple[str, int]
 _GLOBAL_DEFAULT_TIMEOUT: Final[Any] = cast(Any, _std)._GLOBAL_DEFAULT_TIMEOUT  # http.client compares with it
 
@@ -155,6 +157,7 @@ class socket(Files, Socket):
         self._connecting = False
         self._adopt(session, named)
         self.settimeout(_default_timeout)
+        self._options_hold()
         self._closed = False
 
     def _revive(self, fileno: int) -> None:
@@ -171,6 +174,12 @@ class socket(Files, Socket):
         if session is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return session
+
+    def _options_hold(self) -> None:
+        options = self._options
+        self._options_changed(
+            options.beside, options.receive_patience_ns, options.send_patience_ns, self._host.ifindex
+        )
 
     @property
     def host(self) -> Host:
@@ -230,6 +239,9 @@ class socket(Files, Socket):
 
     def _wait_accept(self, session: Session) -> Session:
         timeout_ns = self._timeout_ns
+        patient = timeout_ns < 0 and self._options.receive_patience_ns > 0  # SO_RCVTIMEO ends in EAGAIN
+        if patient:
+            timeout_ns = self._options.receive_patience_ns
         deadline = time.monotonic_ns() + timeout_ns
         while True:
             ready = session.wait(READABLE, timeout_ns)
@@ -240,12 +252,12 @@ class socket(Files, Socket):
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if ready & (ERROR | HUP):
                 raise OSError(session.take_error() or errno.EINVAL, "the socket listens no more")
+            if timeout_ns > 0:
+                timeout_ns = max(deadline - time.monotonic_ns(), 0)
+                if timeout_ns == 0 and not patient:
+                    raise TimeoutError("timed out")
             if timeout_ns == 0:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            if timeout_ns > 0:
-                timeout_ns = deadline - time.monotonic_ns()
-                if timeout_ns <= 0:
-                    raise TimeoutError("timed out")
 
     def connect(self, address: Any, /) -> None:
         """Connect to (host, port). UDP: name the peer of send() and the only sender of recv()."""
@@ -253,9 +265,15 @@ class socket(Files, Socket):
         host, port = parse_address(address, "connect")
         if self.type == _std.SOCK_STREAM and self._already(session):
             return
+        if host == "0.0.0.0":  # ip(7): this very host
+            host = self._host.address
+        timeout_ns = self._timeout_ns
+        patient = timeout_ns < 0 and self._options.send_patience_ns > 0
         try:
-            self._host.connect(session, host, port, self._timeout_ns)
-        except (BlockingIOError, TimeoutError):
+            self._host.connect(session, host, port, self._options.send_patience_ns if patient else timeout_ns)
+        except (BlockingIOError, TimeoutError) as error:
+            if patient and error.errno is None:  # socket(7), SO_SNDTIMEO
+                raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS)) from None
             self._connecting = session.state in _UNCONNECTED and session.ready == 0  # it goes on
             raise
         self._adopt(session, True)
@@ -313,12 +331,15 @@ class socket(Files, Socket):
         if _c_int(how) not in (_std.SHUT_RD, _std.SHUT_WR, _std.SHUT_RDWR):
             raise OSError(errno.EINVAL, f"shutdown() takes SHUT_RD, SHUT_WR or SHUT_RDWR, not {how}")
         self._need().shutdown(int(how))
+        if self._listening and how != _std.SHUT_WR:
+            self._listening = False  # as Linux: accept() is invalid from here on
 
     # -- options --
 
     def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None, /) -> None:
         """Set an option to an int or packed bytes. ENOPROTOOPT: not one of this stack's."""
         self._options.set(self._need(), level, optname, value, optlen)
+        self._options_hold()
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0, /) -> Any:
         """An option's value: an int, or bytes when buflen is given."""
@@ -385,11 +406,23 @@ class socket(Files, Socket):
         if self._closed:
             self.close()
 
-    def _real_close(self) -> None:
+    def _real_close(self, linger: bool = True) -> None:
         session = self.session
         if session is not None:
+            if linger and self._options.linger_s > 0:
+                self._linger(session)
             self._adopt(None, False)
             self._host.close(session, abort=self._options.abort_on_close)
+
+    def _linger(self, session: Session) -> None:
+        # socket(7), SO_LINGER: until the peer has acknowledged all, or the time is over.
+        if self._listening or session.state in _UNCONNECTED or session.stat().get("unread_bytes"):
+            return
+        deadline = time.monotonic_ns() + self._options.linger_s * 1_000_000_000
+        with contextlib.suppress(OSError):
+            session.shutdown(_std.SHUT_WR)
+            while session.state in _LINGERING and time.monotonic_ns() < deadline:
+                session.wait(0, _LINGER_STEP_NS)
 
     def __enter__(self) -> socket:
         return self
@@ -406,7 +439,7 @@ class socket(Files, Socket):
         if not self._closed and not sys.is_finalizing():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         with contextlib.suppress(Exception):
-            self._real_close()
+            self._real_close(linger=False)  # differs: the collector does not wait
 
     def __repr__(self) -> str:
         session = self.session

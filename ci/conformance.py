@@ -1,4 +1,4 @@
-"""CPython's own socket tests against this stack: ``python -m ci.conformance [-v] [--quick] [--arrangement A] [CLASS ...]``.
+"""CPython's own socket tests against this stack: ``python -m ci.conformance [-v] [CLASS ...]``; more with --help.
 
 ``test.test_socket`` and ``test.test_selectors`` of this interpreter run over a real link: network namespaces, a veth
 cable, a network server. Three arrangements: our client to a kernel server, a kernel client to our server, our stack
@@ -146,7 +146,7 @@ def pair_of(client: types.ModuleType, server: types.ModuleType, host: str, far: 
 
 
 def prepare(arrangement: str, far: Host) -> Iterator[tuple[type[unittest.TestCase], bool]]:
-    """Load the tests for an arrangement: each class that is to run in it, and whether the main thread is the kernel's."""
+    """Load the tests for an arrangement: each class to run in it, and whether the main thread is the kernel's."""
     from test.support import socket_helper
 
     client_is_ours, server_is_ours = arrangement != "from-kernel", arrangement != "to-kernel"
@@ -169,9 +169,7 @@ def prepare(arrangement: str, far: Host) -> Iterator[tuple[type[unittest.TestCas
     private._LOCALHOST = host
     sockets: Any = load("test.test_socket", host, door)
     selectors: Any = load("test.test_selectors", host, door)
-    selectors.socketpair = pair_of(
-        ours if client_is_ours else std, ours if server_is_ours else std, host, far
-    )
+    selectors.socketpair = pair_of(ours if client_is_ours else std, ours if server_is_ours else std, host, far)
     # It opens sockets up to the limit, and counts on one descriptor each; ours have two.
     selectors.resource = types.SimpleNamespace(
         RLIMIT_NOFILE=resource.RLIMIT_NOFILE,
@@ -272,7 +270,7 @@ def work(arrangement: str, bed: Bed, wanted: list[str], done: set[tuple[str, str
 
 
 def chosen(name: str, wanted: list[str]) -> bool:
-    """Whether a class, or Class.test, is among the patterns; a class is chosen with any of its tests, and vice versa."""
+    """Whether a class, or Class.test, is among the patterns: a class with any of its tests, and vice versa."""
     if not wanted:
         return True
     if "." in name:

@@ -13,7 +13,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport Py_DECREF, PyObject
-from libc.errno cimport EAGAIN, EBADF, EINVAL, EMSGSIZE, ENODEV, EOPNOTSUPP, EPERM
+from libc.errno cimport EAGAIN, EBADF, EINVAL, EMSGSIZE, ENETUNREACH, ENODEV, EOPNOTSUPP, EPERM
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy
@@ -206,7 +206,7 @@ cdef int control_parse(list ancdata, bint dgram, Session s, int ifindex, user_me
             if device != 0 and device != ifindex:
                 refuse(ENODEV, f"IP_PKTINFO: this stack has no interface {device}")
             if source != "0.0.0.0" and source != s.local[0]:
-                refuse(EINVAL, f"IP_PKTINFO: {source} is not the address of this socket")
+                refuse(ENETUNREACH, f"IP_PKTINFO: {source} is not the address of this socket")
         elif kind == IP_TTL or kind == IP_TOS:
             if len(data) == 4:
                 value = int.from_bytes(data, "little", signed=True)
@@ -577,7 +577,11 @@ cdef class Socket:
         recv_check(flags, self._dgram)
         if nbytes < 0:
             raise ValueError(f"negative buffersize in {call}")
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except BufferError:
+            raise TypeError(f"{call}() argument 1 must be read-write bytes-like object, "
+                            f"not {type(buffer).__name__}") from None
         try:
             if nbytes == 0:
                 nbytes = view.len

@@ -142,6 +142,8 @@ class Options:
             value = bytes(min(optlen, 256))
         elif optlen is not None:
             raise TypeError("setsockopt() only takes 4 arguments when the third argument is None")
+        if level == _TCP and session.kind != _TCP:
+            raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
         if self._set_special(level, name, value):
             return
         if level == _std.SOL_SOCKET and name == _std.SO_LINGER:
@@ -197,7 +199,7 @@ class Options:
                 self.passed[_SOL, _SO_TIMESTAMP] = self.beside & 3
             return True
         rule = _HARMLESS.get((level, name))
-        if rule is None or (level == _TCP and session.kind != _TCP):
+        if rule is None:
             return False
         _, least, most, error = rule
         if least is None or most is None:
@@ -212,7 +214,7 @@ class Options:
         if level == _SOL and name in (_SO_RCVTIMEO, _SO_SNDTIMEO):
             seconds, ns = divmod(self.patience.get(name, 0), 1_000_000_000)
             return _TIMEVAL.pack(seconds, ns // 1000)
-        if level == _TCP and name == _TCP_CONGESTION and session.kind == _TCP:
+        if level == _TCP and name == _TCP_CONGESTION:
             return b"reno".ljust(16, b"\0")
         if level == _SOL and name == _SO_BINDTODEVICE:
             return b""
@@ -221,7 +223,9 @@ class Options:
     def get(self, session: Session, level: int, name: int, *, listening: bool, buflen: int = 0) -> int | bytes:
         """An int, or bytes when ``buflen`` is given."""
         if not 0 <= buflen <= 1024:
-            raise OSError(errno.EINVAL, "getsockopt buflen out of range")
+            raise OSError("getsockopt buflen out of range")
+        if level == _TCP and session.kind != _TCP:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if level == _std.SOL_SOCKET and name == _std.SO_LINGER:
             packed = _LINGER.pack(*self.linger)
             return packed[:buflen] if buflen else self.linger[0]
@@ -244,7 +248,7 @@ class Options:
         if bit is not None:
             return int(bool(self.beside & bit))
         rule = _HARMLESS.get((level, name))
-        if rule is not None and (level != _TCP or session.kind == _TCP):
+        if rule is not None:
             return self.harmless.get((level, name), rule[0])
         if level == _std.SOL_SOCKET:
             if name in _KEPT:
@@ -266,7 +270,7 @@ class Options:
 
 def _c_int(value: int) -> int:
     if not -0x80000000 <= value <= 0x7FFFFFFF:
-        raise OverflowError("Python int too large to convert to C int")
+        raise TypeError(f"option value {value} does not fit a C int")  # as the standard module, which then wants bytes
     return value
 
 

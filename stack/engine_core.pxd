@@ -227,6 +227,7 @@ cdef ul_session *session_find(engine *e, const flow_key *flow) noexcept nogil
 cdef void session_touch(engine *e, ul_session *s) noexcept nogil
 cdef uint32_t session_ready(const ul_session *s) noexcept nogil
 cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil   # drop protocol state, keep the shell
+cdef uint32_t session_shown(const ul_session *s) noexcept nogil     # what its descriptor shows of that
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil
 cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil
 cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil

@@ -255,21 +255,8 @@ cdef void session_touch(engine *e, ul_session *s) noexcept nogil:
     e.touched = s
 
 
-cdef uint32_t ready_lowat(const ul_session *s) noexcept nogil:
-    # socket(7), SO_RCVLOWAT: less than that is not readable, unless no more is to come.
-    cdef tcp_stat t
-    cdef uint32_t ready = tcp_ready(s.tcp)
-    if ready & UL_READABLE and not ready & (UL_RDHUP | UL_HUP | UL_ERROR):
-        tcp_stat_get(s.tcp, &t)
-        if 0 < t.unread_bytes < s.rcvlowat_bytes:
-            ready &= ~<uint32_t>UL_READABLE
-    return ready
-
-
 cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
     if s.role == ROLE_TCP:
-        if s.rcvlowat_bytes > 1:
-            return ready_lowat(s)
         return tcp_ready(s.tcp)
     if s.role == ROLE_UDP:
         return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
@@ -282,6 +269,18 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
     # differs: Linux adds HUP to a TCP socket that was never connected. A descriptor cannot take a hang-up back
     # (readyfd), and who registers it before connecting wants to hear of the connection.
     return UL_WRITABLE
+
+
+cdef uint32_t session_shown(const ul_session *s) noexcept nogil:
+    # socket(7), SO_RCVLOWAT: less than that is not readable to poll(2), unless no more is to come.
+    cdef tcp_stat t
+    cdef uint32_t ready = session_ready(s)
+    if s.role == ROLE_TCP and s.rcvlowat_bytes > 1 and ready & UL_READABLE and \
+            not ready & (UL_RDHUP | UL_HUP | UL_ERROR):
+        tcp_stat_get(s.tcp, &t)
+        if 0 < t.unread_bytes < s.rcvlowat_bytes:
+            ready &= ~<uint32_t>UL_READABLE
+    return ready
 
 
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil:
@@ -527,7 +526,7 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
         s.stat.tcp.bytes_out = s.udp.bytes_out
     ready = session_ready(s)
     if s.fd != NULL:
-        readyfd_show(s.fd, ready)
+        readyfd_show(s.fd, session_shown(s))
     if s.waiters != NULL and ready:
         waiters_wake(e, s, ready)
 

@@ -3,7 +3,7 @@
 Data is looked for before anything is waited for, so a call that finds what it wants makes no system call.
 """
 
-from libc.errno cimport EAGAIN, EBADF, EDESTADDRREQ, EINTR, EISCONN, EMSGSIZE, ENOTCONN, EOPNOTSUPP, EPIPE
+from libc.errno cimport EAGAIN, EBADF, EDESTADDRREQ, EINTR, EINVAL, EISCONN, EMSGSIZE, ENOTCONN, EOPNOTSUPP, EPIPE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 
 from ulnet.stack.engine_core cimport (
@@ -65,7 +65,9 @@ cdef int dead_answer(ul_session *s, bint reading) noexcept nogil:
         return 0 if reading else -EPIPE
     if s.role == ROLE_SHELL and s.phase == PHASE_CONNECTING:
         return -EAGAIN                     # as Linux: who waits for data waits for the connection, too
-    return -ENOTCONN
+    if reading:
+        return -ENOTCONN
+    return -EPIPE if s.flow.proto != UL_IPPROTO_UDP else -EDESTADDRREQ
 
 
 cdef int pause_for(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, bint *looked) noexcept nogil:
@@ -244,6 +246,9 @@ cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_
         if s.udp.so_error:
             rc = udp_so_error(s.udp, True)
             break
+        if dst != NULL and dport == 0:
+            rc = -EINVAL
+            break
         if dst == NULL and addr_is_zero(&s.flow.raddr):
             rc = -EDESTADDRREQ
             break
@@ -317,7 +322,7 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
         s.shut_rd = 1                      # who waits in accept() is told
     else:
         rc = dead_answer(s, False)
-        if rc == -EPIPE or rc == -EAGAIN:
+        if rc == -EPIPE or rc == -EAGAIN or rc == -EDESTADDRREQ:
             rc = -ENOTCONN
     session_touch(e, s)
     leave(e, s)

@@ -10,7 +10,8 @@ from libc.string cimport memset
 from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport rxseg, rxseg_free
 from ulnet.stack.engine_core cimport (
-    PHASE_CONNECTING, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_poll, engine_settle, engine_tick, session_close, session_ready,
+    PHASE_CONNECTING, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_poll, engine_settle, engine_tick,
+    session_close, session_ready, session_shown,
     session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_user cimport (
@@ -331,7 +332,7 @@ cdef class Session:
                         readyfd_blocking(s.fd, True)
                     engine_tick(e)
                     engine_poll(e, BURST)  # what has come by now is shown at once
-                    readyfd_show(s.fd, session_ready(s))
+                    readyfd_show(s.fd, session_shown(s))
                     helper_wake(e)         # from now on frames must be noticed at once
             engine_unlock(e)
         if s.fd == NULL:

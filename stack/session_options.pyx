@@ -75,7 +75,7 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
         if name == TCP_NODELAY:
             s.cfg.nodelay = value != 0
         elif name == TCP_KEEPIDLE or name == TCP_KEEPINTVL or name == TCP_KEEPCNT:
-            if value < 1 or value > 32767:
+            if value < 1 or value > (127 if name == TCP_KEEPCNT else 32767):
                 return -EINVAL
             if name == TCP_KEEPIDLE:
                 s.cfg.keepidle_s = value

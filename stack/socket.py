@@ -6,8 +6,9 @@ no socket (constants, exceptions, getaddrinfo, inet_aton, ...) is the standard m
 Where a socket's sessions are set up (a Host) is chosen by ``socket(..., host=)``, else by ``set_default_host()``,
 else it is the network server named by ULNET_SERVER or at the default path.
 
-differs from socket(7): a connection belongs to this process and cannot be duplicated or inherited; ``fileno()`` is for
+differs: a connection belongs to this process and cannot be duplicated or inherited; ``fileno()`` is for
 select, poll and epoll only (reading or writing it by os.read or os.write does not touch the connection).
+MSG_DONTWAIT does not wait on a socket with a time-out either, where the standard module does.
 """
 
 from __future__ import annotations
@@ -177,9 +178,7 @@ class socket(Files, Socket):
 
     def _options_hold(self) -> None:
         options = self._options
-        self._options_changed(
-            options.beside, options.receive_patience_ns, options.send_patience_ns, self._host.ifindex
-        )
+        self._options_changed(options.beside, options.receive_patience_ns, options.send_patience_ns, self._host.ifindex)
 
     @property
     def host(self) -> Host:
@@ -221,6 +220,8 @@ class socket(Files, Socket):
     def accept(self) -> tuple[socket, _Address]:
         """Wait for a connection; returns (a new socket, the peer's address)."""
         session = self._need()
+        if self.type != _std.SOCK_STREAM:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if not self._listening:
             raise OSError(errno.EINVAL, "accept() on a socket that does not listen")
         engine = session.engine
@@ -354,7 +355,7 @@ class socket(Files, Socket):
         if number:
             self._connecting = False
         elif session.live and session.state not in _UNCONNECTED:
-            self._connecting = False
+            # Still "connecting": as with Linux the next connect() is told of the success, too.
             self._adopt(session, True)
             self._options.apply(session)
         return number
@@ -471,8 +472,9 @@ def _c_int(value: int) -> int:
     """A number that must fit a C int, as the standard module's argument parsing has it."""
     number = operator.index(value)
     if not -0x80000000 <= number <= 0x7FFFFFFF:
-        raise OverflowError("signed integer is greater than maximum" if number > 0 else
-                            "signed integer is less than minimum")
+        raise OverflowError(
+            "signed integer is greater than maximum" if number > 0 else "signed integer is less than minimum"
+        )
     return number
 
 

@@ -24,7 +24,6 @@ cdef class Socket:
     cdef Py_ssize_t _send(self, Session s, const uint8_t *data, size_t n, object owner, int flags) except -1
     cdef Py_ssize_t _send_dgram(self, Session s, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t port,
                                 int flags, const user_meta *meta) except -1
-    cdef list _beside_list(self, Session s, const user_meta *meta, Py_ssize_t room, int *out_flags)
     cdef Py_ssize_t _read(self, Session s, uint8_t *out, size_t n, int flags, ul_addr *src, uint16_t *sport,
                           uint32_t *full_bytes) except -1
     cdef object _read_bytes(self, Session s, Py_ssize_t n, int flags, ul_addr *src, uint16_t *sport,

@@ -1,6 +1,7 @@
 # Each target builds what it needs: a virtual environment in .venv with the package in it, compiled in place.
 #   make demo    the main job on real traffic, on two test hosts made for it
 #   make test    the tests
+#   make conformance   CPython's own socket tests over a real link, against the kernel's stack and against itself
 #   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
 #   make counts  exact counts of system calls, frames and copies on the hot path
 #   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
@@ -10,12 +11,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml Makefile
 
-.PHONY: demo test bench history counts lint dist clean
+.PHONY: demo test conformance bench history counts lint dist clean
 demo: .stamp-build
 	@$(BIN)/python -m ulnet demo
 
 test: .stamp-build
 	$(BIN)/python -m pytest -q tests
+
+conformance: .stamp-build
+	$(BIN)/python -m ci.conformance
 
 bench: .stamp-build
 	$(BIN)/python -m pytest -q bench --benchmark-autosave

@@ -12,12 +12,13 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.ref cimport Py_DECREF, PyObject
-from libc.errno cimport EBADF, EINVAL, EMSGSIZE, EOPNOTSUPP
+from libc.errno cimport EAGAIN, EBADF, EINVAL, EMSGSIZE, EOPNOTSUPP
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy
+from ulnet.stack._control cimport control_list, control_parse
 from ulnet.stack.engine cimport SESSION_UDP
-from ulnet.stack.engine_user cimport user_dgram
+from ulnet.stack.engine_user cimport user_dgram, user_meta
 from ulnet.stack.session cimport Buffer, Session, length_to_send
 from ulnet.stack.types cimport addr_equal, addr_from_ipv4, ul_addr
 
@@ -29,11 +30,17 @@ cdef extern from "Python.h":
     bint PyMemoryView_Check(object o)
     PyObject *PyMemoryView_GET_BASE(object o)
 
+cdef extern from "Python.h":
+    char *PyByteArray_AS_STRING(object array)
+
 cdef extern from "<math.h>" nogil:
     double ceil(double x)
 
 cdef extern from "<sys/socket.h>" nogil:
     enum: MSG_DONTWAIT
+    enum: MSG_ERRQUEUE
+    enum: MSG_FASTOPEN
+    enum: MSG_MORE
     enum: MSG_OOB
     enum: MSG_PEEK
     enum: MSG_TRUNC
@@ -45,6 +52,7 @@ cdef enum:
                                  # threshold for mmap, beyond which each call pays for fresh pages (0.2 us against 30)
     GATHER_BYTES = 262144        # sendmsg() joins up to this many bytes for one send
     FOREVER = -1
+    UDP_MAX_BYTES = 65507
 
 
 # --- arguments -------------------------------------------------------------------------------------------------
@@ -130,9 +138,22 @@ def parse_address(object address, str call) -> tuple[str, int]:
     return quad_text(ip), port
 
 
-cdef int flags_check(int flags) except -1:
+cdef object NOT_GIVEN = object()
+
+
+cdef int send_check(int flags, bint dgram) except -1:
     if flags & MSG_OOB:
         raise OSError(EOPNOTSUPP, "urgent data (MSG_OOB) is not supported; RFC 6093 advises against its use")
+    if flags & MSG_FASTOPEN and not dgram:
+        raise OSError(EOPNOTSUPP, "MSG_FASTOPEN is not supported: connect() first")
+    return 0
+
+
+cdef int recv_check(int flags, bint dgram) except -1:
+    if flags & MSG_ERRQUEUE:
+        raise BlockingIOError(EAGAIN, "Resource temporarily unavailable")   # the queue of errors is always empty
+    if flags & MSG_OOB and not dgram:
+        raise OSError(EINVAL, "Invalid argument")          # tcp(7): there are no urgent data
     return 0
 
 
@@ -145,6 +166,15 @@ cdef object owner_of(object data):
         if PyBytes_CheckExact(base):
             return base
     return None
+
+
+cdef int raise_patience(object error, size_t done) except -1:
+    # socket(7), SO_RCVTIMEO: EAGAIN, or what was done until then. A connection's own ETIMEDOUT stays.
+    if error.errno is not None:
+        raise error
+    if done == 0:
+        raise BlockingIOError(EAGAIN, "Resource temporarily unavailable") from None
+    return 0
 
 
 # --- the socket ------------------------------------------------------------------------------------------------
@@ -170,6 +200,13 @@ cdef class Socket:
         """Name the local endpoint of a UDP session at its first use. The subclass knows the host."""
         raise NotImplementedError
 
+    def _options_changed(self, uint32_t wanted, int64_t rcv_ns, int64_t snd_ns, int ifindex) -> None:
+        """What of the options matters here: see _sockopt."""
+        self._wanted = wanted
+        self._rcv_ns = rcv_ns
+        self._snd_ns = snd_ns
+        self._ifindex = ifindex
+
     @property
     def session(self) -> Session | None:
         """The session below, with ``stat()`` and ``state``; None once closed."""
@@ -177,18 +214,23 @@ cdef class Socket:
 
     # --- time-outs ---
 
+    cdef int _wait_ns(self, int64_t timeout_ns) except -1:
+        self._live().set_nonblocking(timeout_ns >= 0)     # as the standard module: any time-out means O_NONBLOCK
+        self._timeout_ns = timeout_ns
+        return 0
+
     def settimeout(self, object value, /) -> None:
         """None: wait for ever. 0: never wait (BlockingIOError). Else TimeoutError after so many seconds."""
         cdef double seconds
         if value is None:
-            self._timeout_ns = FOREVER
+            self._wait_ns(FOREVER)
             return
         seconds = value
         if not seconds >= 0:
             raise ValueError("Timeout value out of range")
         if seconds > 9.2e9:
             raise OverflowError(f"timeout of {value} s is too large: at most 9.2e9 s, or None to wait for ever")
-        self._timeout_ns = <int64_t>ceil(seconds * 1e9)
+        self._wait_ns(<int64_t>ceil(seconds * 1e9))
 
     def gettimeout(self) -> float | None:
         """Seconds, 0.0 for non-blocking, None for blocking."""
@@ -201,7 +243,7 @@ cdef class Socket:
 
     def setblocking(self, bint flag, /) -> None:
         """True: settimeout(None); False: settimeout(0)."""
-        self._timeout_ns = FOREVER if flag else 0
+        self._wait_ns(FOREVER if flag else 0)
 
     def getblocking(self) -> bool:
         """False only in non-blocking mode (time-out 0)."""
@@ -212,18 +254,52 @@ cdef class Socket:
     cdef Py_ssize_t _send(self, Session s, const uint8_t *data, size_t n, object owner, int flags) except -1:
         cdef size_t sent = 0
         if self._dgram:
-            return s.sendto(data, n, NULL, 0, flags, self._timeout_ns)
+            return self._send_dgram(s, data, n, NULL, 0, flags, NULL)
         if self._timeout_ns < 0 and not flags & MSG_DONTWAIT:
             # tcp(7): a blocking send takes all of it.
-            s.sendall(data, n, owner, FOREVER, &sent)
+            try:
+                s.sendall(data, n, owner, self._snd_ns if self._snd_ns else FOREVER, &sent)
+            except TimeoutError as e:
+                raise_patience(e, sent)
+                return sent
             return n
         return s.send(data, n, owner, flags, self._timeout_ns)
+
+    cdef Py_ssize_t _send_dgram(self, Session s, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t port,
+                                int flags, const user_meta *meta) except -1:
+        cdef int64_t wait = self._timeout_ns
+        cdef ul_addr first
+        cdef bytes whole
+        cdef list parts
+        if wait < 0 and self._snd_ns:
+            wait = self._snd_ns              # never waits so long: a datagram that cannot go at once is rare
+        if self._parts is None and not flags & MSG_MORE:
+            return s.send_datagram(data, n, dst, port, flags, meta, wait)
+        # udp(7), MSG_MORE: one datagram of several calls; the first names the receiver.
+        if self._parts is None:
+            self._parts = [None if dst == NULL else ((<const char *>dst.b)[:16], port), bytearray()]
+        parts = self._parts
+        (<bytearray>parts[1]).extend((<const char *>data)[:n])
+        if len(<bytearray>parts[1]) > UDP_MAX_BYTES:
+            self._parts = None
+            raise OSError(EMSGSIZE, "Message too long")
+        if flags & MSG_MORE:
+            return n
+        self._parts = None
+        whole = bytes(parts[1])
+        if parts[0] is None:
+            s.send_datagram(<const uint8_t *>PyBytes_AS_STRING(whole), len(whole), NULL, 0, flags, meta, wait)
+        else:
+            memcpy(first.b, PyBytes_AS_STRING(parts[0][0]), 16)
+            s.send_datagram(<const uint8_t *>PyBytes_AS_STRING(whole), len(whole), &first, <uint16_t>parts[0][1], flags,
+                            meta, wait)
+        return n
 
     def send(self, object data, int flags=0, /) -> int:
         """Send; returns the bytes taken. A blocking socket takes all, others what fits (at least one byte)."""
         cdef Session s = self._live()
         cdef Py_buffer view
-        flags_check(flags)
+        send_check(flags, self._dgram)
         if PyBytes_CheckExact(data):
             return self._send(s, <const uint8_t *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data, flags)
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
@@ -238,10 +314,12 @@ cdef class Socket:
         cdef Py_buffer view
         cdef size_t sent = 0
         cdef int64_t timeout_ns = 0 if flags & MSG_DONTWAIT else self._timeout_ns
-        flags_check(flags)
+        send_check(flags, self._dgram)
         if self._dgram:
             self.send(data, flags)
             return
+        if timeout_ns < 0 and self._snd_ns:
+            timeout_ns = self._snd_ns            # differs: the standard one begins anew at each piece
         if PyBytes_CheckExact(data):
             s.sendall(<const uint8_t *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data, timeout_ns, &sent)
             return
@@ -251,7 +329,7 @@ cdef class Socket:
         finally:
             PyBuffer_Release(&view)
 
-    def sendto(self, object data, object flags_or_address, object address=None, /) -> int:
+    def sendto(self, object data, object flags_or_address, object address=NOT_GIVEN, /) -> int:
         """sendto(data, address) or sendto(data, flags, address): one datagram. TCP ignores the address (send(2))."""
         cdef Session s = self._live()
         cdef Py_buffer view
@@ -259,33 +337,40 @@ cdef class Socket:
         cdef uint8_t ip[4]
         cdef int port
         cdef int flags = 0
-        if address is None:
+        if address is NOT_GIVEN:
             address = flags_or_address
         else:
             flags = flags_or_address
-        flags_check(flags)
-        port = address_parse(address, "sendto", ip)
-        addr_from_ipv4(&dst, ip)
-        if self._dgram and not self._named:
-            self._autobind()
+        send_check(flags, self._dgram)
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            port = address_parse(address, "sendto", ip)
+            addr_from_ipv4(&dst, ip)
+            if self._dgram and not self._named:
+                self._autobind()
             if not self._dgram:
                 return self._send(s, <const uint8_t *>view.buf, view.len, owner_of(data), flags)
-            return s.sendto(<const uint8_t *>view.buf, view.len, &dst, <uint16_t>port, flags, self._timeout_ns)
+            return self._send_dgram(s, <const uint8_t *>view.buf, view.len, &dst, <uint16_t>port, flags, NULL)
         finally:
             PyBuffer_Release(&view)
 
     def sendmsg(self, object buffers, object ancdata=(), int flags=0,
                 object address=None, /) -> int:
-        """Send the pieces as one message (UDP) or in order (TCP). Ancillary data is refused: EOPNOTSUPP."""
+        """Send the pieces as one message (UDP) or in order (TCP).
+
+        Ancillary data, UDP: IP_TTL, IP_TOS, IP_PKTINFO, for this datagram; others as Linux answers them.
+        """
         cdef Session s = self._live()
         cdef list pieces = []
         cdef Py_ssize_t total = 0
         cdef Py_ssize_t taken = 0
         cdef Py_ssize_t n
-        if list(ancdata):
-            raise OSError(EOPNOTSUPP, "ancillary data cannot be sent: this stack has no control messages")
+        cdef uint8_t ip[4]
+        cdef user_meta meta
+        cdef ul_addr dst
+        cdef int port = 0
+        cdef int controls
+        controls = control_parse(list(ancdata), self._dgram, s, self._ifindex, &meta)
         for piece in buffers:
             piece = memoryview(piece).cast("B")
             pieces.append(piece)
@@ -294,7 +379,18 @@ cdef class Socket:
             if total > CHUNK_BYTES:
                 raise OSError(EMSGSIZE, f"datagram of {total} bytes is too long: at most 65507")
             joined = b"".join(pieces)
-            return self.send(joined, flags) if address is None else self.sendto(joined, flags, address)
+            if not controls:
+                return self.send(joined, flags) if address is None else self.sendto(joined, flags, address)
+            send_check(flags, True)
+            if address is not None:
+                port = address_parse(address, "sendmsg", ip)
+                addr_from_ipv4(&dst, ip)
+                if not self._named:
+                    self._autobind()
+            return self._send_dgram(s, <const uint8_t *>PyBytes_AS_STRING(joined), len(joined),
+                                    NULL if address is None else &dst, <uint16_t>port, flags, &meta)
+        if address is not None:
+            address_parse(address, "sendmsg", ip)     # send(2): a stream ignores it
         if total <= GATHER_BYTES:
             return self.send(b"".join(pieces), flags)
         for piece in pieces:
@@ -322,18 +418,30 @@ cdef class Socket:
         if self._dgram:
             if not self._named:
                 self._autobind()                 # differs: Linux lets an unnamed socket wait for nothing
-            return s.recvfrom(out, n, flags, self._timeout_ns, src, sport, full_bytes)
-        return s.recv(out, n, flags, self._timeout_ns)
+            if self._timeout_ns >= 0 or self._rcv_ns == 0:
+                return s.recvfrom(out, n, flags, self._timeout_ns, src, sport, full_bytes)
+        elif self._timeout_ns >= 0 or self._rcv_ns == 0:
+            return s.recv(out, n, flags, self._timeout_ns)
+        try:
+            if self._dgram:
+                return s.recvfrom(out, n, flags, self._rcv_ns, src, sport, full_bytes)
+            return s.recv(out, n, flags, self._rcv_ns)
+        except TimeoutError as e:
+            raise_patience(e, 0)
+        return 0
 
     cdef object _read_bytes(self, Session s, Py_ssize_t n, int flags, ul_addr *src, uint16_t *sport,
                             uint32_t *full_bytes):
         cdef uint8_t small[STACK_BYTES]
         cdef PyObject *raw
         cdef Py_ssize_t got, cap, unread
-        flags_check(flags)
+        recv_check(flags, self._dgram)
         if n <= STACK_BYTES:
             got = self._read(s, small, n, flags, src, sport, full_bytes)
-            return PyBytes_FromStringAndSize(<char *>small, got if got < n else n)
+            data = PyBytes_FromStringAndSize(<char *>small, got if got < n else n)
+            if flags & MSG_TRUNC and self._dgram and full_bytes[0] > <size_t>got:
+                data += bytes(full_bytes[0] - got)       # recv(2), MSG_TRUNC: as long as the datagram
+            return data
         cap = n
         if cap > CHUNK_BYTES and not flags & MSG_WAITALL:
             # recv(1 << 20) must not pay for a MiB when little is there, yet give all that is there:
@@ -346,8 +454,6 @@ cdef class Socket:
         raw = bytes_new(NULL, cap)
         try:
             got = self._read(s, <uint8_t *>PyBytes_AS_STRING(<object>raw), cap, flags, src, sport, full_bytes)
-            if got > cap:
-                got = cap                        # MSG_TRUNC tells the datagram's length
             while got == cap and cap < n and not self._dgram and not flags & MSG_PEEK:
                 unread = s.stat()["unread_bytes"]
                 if unread <= 0:
@@ -360,6 +466,8 @@ cdef class Socket:
                     break                        # another reader was quicker, or the session is on the move
             if got != cap:
                 _PyBytes_Resize(&raw, got)
+            if flags & MSG_TRUNC and self._dgram and full_bytes[0] > <size_t>got:
+                return <object>raw + bytes(full_bytes[0] - got)
             return <object>raw
         finally:
             if raw != NULL:
@@ -400,10 +508,15 @@ cdef class Socket:
         cdef Session s = self._live()
         cdef Py_buffer view
         cdef uint32_t full = 0
-        flags_check(flags)
+        cdef Py_ssize_t got
+        recv_check(flags, self._dgram)
         if nbytes < 0:
             raise ValueError(f"negative buffersize in {call}")
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except BufferError:
+            raise TypeError(f"{call}() argument 1 must be read-write bytes-like object, "
+                            f"not {type(buffer).__name__}") from None
         try:
             if nbytes == 0:
                 nbytes = view.len
@@ -411,7 +524,8 @@ cdef class Socket:
                 raise ValueError(f"{call}: nbytes is {nbytes}, greater than the length of the buffer, {view.len}")
             if nbytes == 0 and not self._dgram:
                 return 0
-            return self._read(s, <uint8_t *>view.buf, nbytes, flags, src, sport, &full)
+            got = self._read(s, <uint8_t *>view.buf, nbytes, flags, src, sport, &full)
+            return full if flags & MSG_TRUNC and self._dgram else got
         finally:
             PyBuffer_Release(&view)
 
@@ -430,32 +544,66 @@ cdef class Socket:
 
     def recvmsg(self, Py_ssize_t n, Py_ssize_t ancbufsize=0,
                 int flags=0, /) -> tuple[bytes, list[object], int, tuple[str, int] | None]:
-        """(data, [], flags, sender): MSG_TRUNC is set in flags if the datagram was longer than bufsize."""
+        """(data, ancillary data, flags, sender): MSG_TRUNC is set in flags if the datagram was longer than bufsize.
+
+        Ancillary data, UDP, as asked for by setsockopt: SO_TIMESTAMP, SO_TIMESTAMPNS, IP_PKTINFO, IP_RECVTTL,
+        IP_RECVTOS. MSG_CTRUNC: they did not fit into ancbufsize (CMSG_SPACE).
+        """
+        cdef Session s = self._live()
         cdef ul_addr src
         cdef uint16_t sport = 0
         cdef uint32_t full = 0
+        cdef user_meta meta
+        cdef int out_flags = 0
+        cdef int64_t wait = self._timeout_ns
+        cdef Py_ssize_t got
+        cdef bytearray room
         if n < 0:
             raise ValueError("negative buffer size in recvmsg()")
-        if ancbufsize < 0:
+        if not 0 <= ancbufsize <= 0x7FFFFFFF:
             raise ValueError("invalid ancillary data buffer length")
         if n == 0 and not self._dgram:
-            self._live()
+            recv_check(flags, False)
             return b"", [], 0, None
-        data = self._read_bytes(self._live(), n, flags, &src, &sport, &full)
-        if not self._dgram:
-            return data, [], 0, None
-        return data, [], MSG_TRUNC if full > <size_t>len(<bytes>data) else 0, self._address(&src, sport)
+        if not self._dgram or not self._wanted:
+            data = self._read_bytes(s, n, flags, &src, &sport, &full)
+            if not self._dgram:
+                return data, [], 0, None
+            got = len(<bytes>data)
+            return data, [], MSG_TRUNC if full > <size_t>min(got, n) else 0, self._address(&src, sport)
+        recv_check(flags, True)
+        if not self._named:
+            self._autobind()
+        meta.ttl = -1
+        room = bytearray(min(n, CHUNK_BYTES))
+        try:
+            got = s.recv_datagram(<uint8_t *>PyByteArray_AS_STRING(room), len(room), flags,
+                                  self._rcv_ns if wait < 0 and self._rcv_ns else wait, &src, &sport, &full, &meta)
+        except TimeoutError as e:
+            if wait < 0:
+                raise_patience(e, 0)
+            raise
+        if full > <size_t>got:
+            out_flags = MSG_TRUNC
+        if full == 0 and got == 0 and meta.ttl < 0:
+            return b"", [], 0, None                          # shut down
+        beside = control_list(s, &meta, self._wanted, self._ifindex, ancbufsize, &out_flags)
+        if flags & MSG_TRUNC and full > <size_t>got:
+            return bytes(room[:got]) + bytes(full - got), beside, out_flags, self._address(&src, sport)
+        return bytes(room[:got]), beside, out_flags, self._address(&src, sport)
 
     def recvmsg_into(self, object buffers, Py_ssize_t ancbufsize=0,
                      int flags=0, /) -> tuple[int, list[object], int, tuple[str, int] | None]:
         """recvmsg() scattered over writable buffers in order."""
         cdef list views = [memoryview(b).cast("B") for b in buffers]
         cdef Py_ssize_t at = 0
+        cdef Py_ssize_t full
         cdef Py_ssize_t take
         for view in views:
             if view.readonly:
                 raise TypeError("recvmsg_into() argument 1 must be an iterable of single-segment read-write objects")
         data, anc, out_flags, address = self.recvmsg(sum([len(v) for v in views]), ancbufsize, flags)
+        full = len(data)                         # with MSG_TRUNC perhaps more than the buffers hold
         piece = memoryview(data)
         for view in views:
             take = min(len(view), len(piece) - at)
@@ -463,7 +611,7 @@ cdef class Socket:
                 break
             view[:take] = piece[at:at + take]
             at += take
-        return at, anc, out_flags, address
+        return full, anc, out_flags, address
 
     def recv_buffer(self, Py_ssize_t max_bytes=CHUNK_BYTES, /) -> object:
         """Received bytes without a copy, as a read-only buffer object in the stack's own memory.
@@ -506,6 +654,7 @@ cdef class Socket:
         cdef uint32_t done = 0
         if not self._dgram:
             return s.send_buffer(buffer, nbytes, self._timeout_ns)
+        item.meta = NULL
         item.named = address is not None
         if item.named:
             self._dgram_to(&item, address)
@@ -564,6 +713,7 @@ cdef class Socket:
                     if (<tuple>item)[1] is not None:
                         to = (<tuple>item)[1]
                     item = items[i] = (<tuple>item)[0]
+                d.meta = NULL
                 d.named = to is not None
                 if d.named:
                     if to is named:

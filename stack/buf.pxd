@@ -39,6 +39,9 @@ ctypedef struct rxseg:
     uint8_t *block                   # HEAP: the block beside the header that data points into, or NULL
     uint32_t mem_bytes               # charged to the queue when it was made
     uint8_t block_class
+    uint8_t ttl                      # UDP: of the datagram's IP header
+    uint8_t tos
+    int64_t stamp_ns                 # UDP: when it came, CLOCK_REALTIME; 0: nobody asked
 
 ctypedef struct rxqueue:
     rxseg *head

@@ -88,11 +88,14 @@ ctypedef struct ul_session:
     uint8_t wait_neigh
     uint8_t tos
     uint8_t ttl
-    uint8_t shut_rd          # UDP, SHARED
+    uint8_t shut_rd          # UDP, SHARED; LISTEN: shutdown() ended the accepting
     uint8_t shut_wr
     uint8_t shared_as        # SHARED: the role it had, or has in the server
     uint8_t shared_shut_wr   # SHARED: the user's end is shut for writing
     int shared_wake          # SHARED: event descriptor of those who wait for it in poll(2); -1: none
+    uint8_t stamp            # UDP: datagrams are stamped with the time of day (SO_TIMESTAMP)
+    uint8_t mtu_discover     # IP_MTU_DISCOVER
+    uint32_t rcvlowat_bytes  # SO_RCVLOWAT; 0 as 1
     uint16_t path_mtu_bytes
     int so_error             # negative errno, for roles without a pcb
     tcp_pcb *tcp
@@ -261,6 +264,7 @@ ctypedef struct engine:
 cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint8_t *secret, int64_t spin_ns) noexcept nogil
 cdef void engine_free(engine *e) noexcept nogil
 cdef int64_t clock_now() noexcept nogil
+cdef int64_t time_of_day() noexcept nogil                            # CLOCK_REALTIME
 cdef void engine_tick(engine *e) noexcept nogil
 
 cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil
@@ -272,6 +276,7 @@ cdef ul_session *session_find(engine *e, const flow_key *flow) noexcept nogil
 cdef void session_touch(engine *e, ul_session *s) noexcept nogil
 cdef uint32_t session_ready(const ul_session *s) noexcept nogil
 cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil   # drop protocol state, keep the shell
+cdef uint32_t session_shown(const ul_session *s) noexcept nogil     # what its descriptor shows of that
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil
 cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil         # its descriptor, if it has one
 cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil

@@ -9,7 +9,7 @@ from libc.errno cimport EADDRINUSE, ECONNABORTED, ENOMEM
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close
 
 from ulnet.kernelshim.link cimport UL_LINK_TSO, UL_SLOT_NONE, ul_link, ul_rx
@@ -25,7 +25,7 @@ from ulnet.stack.session_shared cimport shared_ready, shared_wake
 from ulnet.stack.statpage cimport stat_give
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
-    tcp_state, tcp_timers, tcp_wants_output,
+    tcp_stat, tcp_state, tcp_timers, tcp_wants_output,
 )
 from ulnet.stack.tcp_cb cimport TCP_CLOSED, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_SYN_RECEIVED, TCP_SYN_SENT
 from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
@@ -54,6 +54,12 @@ cdef int64_t clock_now() noexcept nogil:
     cdef timespec ts
     clock_gettime(CLOCK_MONOTONIC, &ts)
     return ts.tv_sec * 1000000000 + ts.tv_nsec
+
+
+cdef int64_t time_of_day() noexcept nogil:
+    cdef timespec ts
+    clock_gettime(CLOCK_REALTIME, &ts)
+    return <int64_t>ts.tv_sec * 1000000000 + ts.tv_nsec
 
 
 cdef void engine_tick(engine *e) noexcept nogil:
@@ -151,6 +157,7 @@ cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil:
     s.flow.proto = kind
     s.refs = 1
     s.ttl = 64
+    s.mtu_discover = 1                     # ip(7), IP_PMTUDISC_WANT
     s.deadline_ns = INT64_MAX
     s.shared_wake = -1
     s.all_next = e.all
@@ -261,7 +268,7 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
         return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE | UL_RDHUP if s.shut_rd else 0) | (
             UL_HUP if s.shut_rd and s.shut_wr else 0)
     if s.role == ROLE_LISTEN:
-        return UL_READABLE if s.accept_count else 0
+        return (UL_READABLE if s.accept_count or s.shut_rd else 0) | (UL_HUP if s.shut_rd else 0)
     if s.role == ROLE_POLLSET:
         return UL_READABLE if s.accept_count else 0
     if s.role == ROLE_SHARED:
@@ -273,6 +280,18 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
     # differs: Linux adds HUP to a TCP socket that was never connected. A descriptor cannot take a hang-up back
     # (readyfd), and who registers it before connecting wants to hear of the connection.
     return UL_WRITABLE
+
+
+cdef uint32_t session_shown(const ul_session *s) noexcept nogil:
+    # socket(7), SO_RCVLOWAT: less than that is not readable to poll(2), unless no more is to come.
+    cdef tcp_stat t
+    cdef uint32_t ready = session_ready(s)
+    if s.role == ROLE_TCP and s.rcvlowat_bytes > 1 and ready & UL_READABLE and \
+            not ready & (UL_RDHUP | UL_HUP | UL_ERROR):
+        tcp_stat_get(s.tcp, &t)
+        if 0 < t.unread_bytes < s.rcvlowat_bytes:
+            ready &= ~<uint32_t>UL_READABLE
+    return ready
 
 
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil:
@@ -533,7 +552,7 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
         s.stat.tcp.bytes_out = s.udp.bytes_out
     ready = session_ready(s)
     if s.fd != NULL:
-        readyfd_show(s.fd, ready)
+        readyfd_show(s.fd, session_shown(s))
     if s.polls != NULL:
         polls_show(e, s, ready)
     if s.relay != NULL:

@@ -12,7 +12,7 @@ from ulnet.kernelshim.link cimport UL_FRAME_CSUM_OK, UL_FRAME_CSUM_PARTIAL, UL_S
 from ulnet.stack.engine_core cimport (
     ATTN_STRAYS, EVENT_GONE, PHASE_EMBRYONIC, ROLE_FOREIGN, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, engine, event_add, frame_rec,
     neighbours_changed, session_end, session_find, session_new, session_ref, session_tcp_start, session_touch,
-    session_unref, ul_session,
+    session_unref, time_of_day, ul_session,
 )
 from ulnet.stack.engine_output cimport emit_echo_reply, emit_icmp_unreachable, emit_refusal
 from ulnet.stack.ip_reass cimport ip_reass_input
@@ -203,6 +203,10 @@ cdef bint udp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
         flow.rport = 0
         s = session_find(e, &flow)
     if s != NULL and s.role == ROLE_UDP:
+        s.udp.in_ttl = ip.ttl
+        s.udp.in_tos = ip.tos
+        if s.stamp:
+            s.udp.in_stamp_ns = time_of_day()
         udp_input(&e.bufs, s.udp, &pkt, &ip.src, frame, &held)
         session_touch(e, s)
         return held and holdable

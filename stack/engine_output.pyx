@@ -229,6 +229,8 @@ cdef int emit_udp(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, 
     if rc < 0:
         return rc
     mtu = udp_mtu(e, s)
+    if 2 <= s.mtu_discover <= 3 and IPV4_HEADER_BYTES + UDP_HEADER_BYTES + n > mtu:
+        return -EMSGSIZE                   # ip(7), IP_PMTUDISC_DO and PROBE: never in fragments
     partial = (e.link.features & UL_LINK_CSUM) != 0
     if IPV4_HEADER_BYTES + UDP_HEADER_BYTES + n > mtu and not e.link.features & UL_LINK_UFO:
         partial = False

@@ -3,7 +3,7 @@
 Data is looked for before anything is waited for, so a call that finds what it wants makes no system call.
 """
 
-from libc.errno cimport EAGAIN, EBADF, EDESTADDRREQ, EINTR, EINVAL, EMSGSIZE, ENOTCONN, EOPNOTSUPP, EPIPE
+from libc.errno cimport EAGAIN, EBADF, EDESTADDRREQ, EINTR, EINVAL, EISCONN, EMSGSIZE, ENOTCONN, EOPNOTSUPP, EPIPE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -40,6 +40,10 @@ cdef enum:
 
 cdef int64_t NEIGHBOUR_NS = 5000000000   # a datagram waits so long for its first hop's address
 cdef int64_t TICK_NS = 1000000
+
+
+cdef inline uint32_t load_ipv4(const ul_addr *a) noexcept nogil:
+    return (<const uint32_t *>a.b)[3]
 
 
 cdef void enter(engine *e, ul_session *s) noexcept nogil:
@@ -97,7 +101,10 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
     cdef bint looked = False
     cdef bint peek = (flags & USER_PEEK) != 0
     cdef uint32_t full
+    cdef size_t enough = n                     # socket(7), SO_RCVLOWAT; recv(2), MSG_WAITALL
     enter(e, s)
+    if not flags & USER_WAITALL and s.rcvlowat_bytes < n:
+        enough = s.rcvlowat_bytes if s.rcvlowat_bytes else 1
     while True:
         if s.closing:
             got = -EBADF                   # by another thread, a moment ago
@@ -120,7 +127,7 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
             if peek:
                 break
             done[0] += got
-            if not flags & USER_WAITALL or done[0] == n:
+            if done[0] >= enough:
                 break
             continue
         if got != -EAGAIN:
@@ -138,7 +145,7 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
 
 
 cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
-                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes) noexcept nogil:
+                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes, user_meta *meta) noexcept nogil:
     cdef Py_ssize_t got
     cdef bint looked = False
     enter(e, s)
@@ -148,9 +155,11 @@ cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, 
                 full_bytes[0] = 0
                 got = 0
             else:
+                if meta != NULL and s.udp.rcv.head != NULL:
+                    meta.ttl = s.udp.rcv.head.ttl
+                    meta.tos = s.udp.rcv.head.tos
+                    meta.stamp_ns = s.udp.rcv.head.stamp_ns
                 got = udp_read(&e.bufs, s.udp, out, n, (flags & USER_PEEK) != 0, src, sport, full_bytes)
-            if got >= 0 and flags & USER_TRUNC:
-                got = full_bytes[0]        # recv(2): the datagram's real length
             if got != -EAGAIN and (s.fd != NULL or s.polls != NULL):
                 session_touch(e, s)
         else:
@@ -289,13 +298,14 @@ cdef Py_ssize_t user_send_seg(engine *e, ul_session *s, rxseg *seg, uint32_t n, 
 
 
 cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport,
-                            int64_t deadline_ns) noexcept nogil:
+                            const user_meta *meta, int64_t deadline_ns) noexcept nogil:
     cdef user_dgram item
     cdef uint32_t done = 0
     cdef int rc
     item.data = data
     item.len_bytes = n
     item.named = dst != NULL
+    item.meta = meta
     if dst != NULL:
         item.dst = dst[0]
         item.dport = dport
@@ -305,7 +315,25 @@ cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_
 
 cdef inline const ul_addr *dgram_to(const ul_session *s, const user_dgram *d, uint16_t *port) noexcept nogil:
     port[0] = d.dport if d.named else s.flow.rport
+    if d.named and load_ipv4(&d.dst) == 0:
+        return &s.flow.laddr               # ip(7): sent to any address is sent to this host
     return &d.dst if d.named else &s.flow.raddr
+
+
+cdef int send_one(engine *e, ul_session *s, const user_dgram *d, const ul_addr *dst, uint16_t port) noexcept nogil:
+    """What is asked for one datagram is the session's for so long; the lock is held."""
+    cdef uint8_t ttl = s.ttl
+    cdef uint8_t tos = s.tos
+    cdef int rc
+    if d.meta != NULL:
+        if d.meta.ttl >= 0:
+            s.ttl = <uint8_t>d.meta.ttl
+        if d.meta.tos >= 0:
+            s.tos = <uint8_t>d.meta.tos
+    rc = emit_udp(e, s, dst, port, d.data, <uint32_t>d.len_bytes)
+    s.ttl = ttl
+    s.tos = tos
+    return rc
 
 
 cdef uint32_t train_length(engine *e, const ul_session *s, const user_dgram *items, uint32_t count) noexcept nogil:
@@ -376,6 +404,9 @@ cdef int user_send_dgrams(engine *e, ul_session *s, const user_dgram *items, uin
         if not d.named and addr_is_zero(dst):
             rc = -EDESTADDRREQ
             break
+        if d.named and port == 0:
+            rc = -EINVAL
+            break
         if s.shut_wr:
             rc = -EPIPE
             break
@@ -386,7 +417,7 @@ cdef int user_send_dgrams(engine *e, ul_session *s, const user_dgram *items, uin
                 most = 1                   # Linux before 6.2 knows no trains
                 continue
         else:
-            rc = emit_udp(e, s, dst, port, d.data, <uint32_t>d.len_bytes)
+            rc = send_one(e, s, d, dst, port)
         if rc == 0:
             done[0] += run
             continue
@@ -447,7 +478,7 @@ cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil:
             s.shut_wr |= how != 0
     elif s.role == ROLE_LISTEN:
         if how != 1:
-            session_end(e, s, 0)           # as Linux: accept() ends with EINVAL; the name goes with close()
+            s.shut_rd = 1                  # who waits in accept() is told
     elif s.role == ROLE_SHARED:
         rc = -USER_SHARED
     elif s.role == ROLE_STAYED:

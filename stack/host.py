@@ -20,6 +20,8 @@ class Host(ABC):
     """
 
     engine: Engine
+    address: str  # the stack's own
+    ifindex: int = 0  # of the interface, as the server's kernel counts; 0: none
 
     def socket(self, kind: int) -> Session:
         """A session shell for IPPROTO_TCP or IPPROTO_UDP; costs nobody a message."""

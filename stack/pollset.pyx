@@ -247,7 +247,7 @@ cdef class PollSet:
         if isinstance(what, Session):
             entry = self.by_session.get(<size_t>(<Session>what).s)
             if entry is None:
-                entry = self.by_fd.get((<Session>what).descriptor(False))
+                entry = self.by_fd.get((<Session>what).numbered_as(False))
         else:
             entry = self.by_fd.get(what)
         return entry

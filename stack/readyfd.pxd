@@ -24,4 +24,5 @@ cdef void readyfd_regain(readyfd *r, int our_fd) noexcept nogil
 # A new pair under the user's number, which says writable. False: there is no descriptor left, nothing happened.
 cdef bint readyfd_renew(readyfd *r) noexcept nogil
 cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil    # no system call when nothing changed
+cdef void readyfd_blocking(readyfd *r, bint blocking) noexcept nogil  # O_NONBLOCK as the user sees it
 cdef void readyfd_free(readyfd *r) noexcept nogil                    # closes both ends

@@ -75,6 +75,9 @@ cdef extern from *:
     enum: F_GETFD
     enum: FD_CLOEXEC
     enum: POLLRDHUP
+    enum: O_NONBLOCK
+    enum: F_GETFL
+    enum: F_SETFL
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
@@ -235,6 +238,7 @@ cdef bint readyfd_renew(readyfd *r) noexcept nogil:
     cdef int flags
     if pair_new(r.datagram, &user_fd, &our_fd) < 0:
         return False                             # out of descriptors: the old truth stays
+    fcntl(user_fd, F_SETFL, fcntl(r.user_fd, F_GETFL))
     flags = fcntl(r.user_fd, F_GETFD)            # the program may have made it inheritable
     if dup3(user_fd, r.user_fd, O_CLOEXEC if flags < 0 or flags & FD_CLOEXEC else 0) < 0:
         c_close(user_fd)
@@ -338,6 +342,12 @@ cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
         c_send(r.our_fd, zeros, 1, MSG_DONTWAIT | MSG_NOSIGNAL)
         r.syscalls += 1
     r.shown = want
+
+
+cdef void readyfd_blocking(readyfd *r, bint blocking) noexcept nogil:
+    # Our own calls on it say MSG_DONTWAIT: the flag is there to be looked at.
+    fcntl(r.user_fd, F_SETFL, 0 if blocking else O_NONBLOCK)
+    r.syscalls += 1
 
 
 cdef void readyfd_free(readyfd *r) noexcept nogil:

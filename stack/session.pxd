@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from ulnet.stack.buf cimport rxseg
 from ulnet.stack.engine_core cimport engine, ul_session
-from ulnet.stack.engine_user cimport user_dgram
+from ulnet.stack.engine_user cimport user_dgram, user_meta
 from ulnet.stack.types cimport ul_addr
 
 # The one place where a code of the C level becomes an OSError.
@@ -34,9 +34,10 @@ cdef class Session:
     cdef object shared_rlock             # made when first used
     cdef object former                   # the Engine it belonged to before a fork: threads may be inside
     cdef public object file              # what duplicates of a socket share (openfile.File)
+    cdef bint nonblocking                # what O_NONBLOCK of the descriptor shows
     cdef object __weakref__
     cdef bint numbered                   # it is known by its number
-    cdef int descriptor(self, bint steered) except? -1
+    cdef int numbered_as(self, bint steered) except? -1
     cdef object src_tuple                # sender of the last buffer
     cdef ul_addr src
     cdef uint16_t src_port
@@ -46,6 +47,11 @@ cdef class Session:
     cdef Py_ssize_t recv(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns) except -1
     cdef Py_ssize_t recvfrom(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns,
                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except -1
+    # recvfrom and sendto with what comes and goes beside the datagram; meta may be NULL.
+    cdef Py_ssize_t recv_datagram(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns, ul_addr *src,
+                                  uint16_t *sport, uint32_t *full_bytes, user_meta *meta) except -1
+    cdef Py_ssize_t send_datagram(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
+                                  const user_meta *meta, int64_t timeout_ns) except -1
     # Sends what fits (at least one byte). `owner`: an immutable object that may be held instead of copied, or None.
     cdef Py_ssize_t send(self, const uint8_t *data, size_t n, object owner, int flags, int64_t timeout_ns) except -1
     # All of it, or an exception; *sent tells how far it came.

@@ -79,6 +79,11 @@ class Session:
         """The truthful descriptor (made at first use)."""
     def number(self) -> int:
         """The number fileno() gives, without anybody steering the descriptor for it; -1 once closed."""
+    def set_nonblocking(self, nonblocking: bool) -> None:
+        """Let O_NONBLOCK of the descriptor say so."""
+    @property
+    def descriptor(self) -> int:
+        """What fileno() gave; -1 if it was not called yet."""
     def stat(self) -> dict[str, int]:
         """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat).
 

@@ -14,15 +14,15 @@ from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport rxseg, rxseg_free, rxseg_lend
 from ulnet.stack.engine_core cimport (
     PHASE_CONNECTING, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, USER_SHARED, USER_STAYED,
-    clock_now, engine, engine_settle, session_close, session_ready, session_touch, session_unref,
-    ul_session,
+    clock_now, engine, engine_poll, engine_settle, engine_tick, session_close, session_ready, session_shown,
+    session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_user cimport (
-    USER_DONTWAIT, USER_RESOLVE, user_dgram, user_recv, user_recv_seg, user_recv_segs, user_recvfrom, user_send,
-    user_send_dgrams, user_send_seg, user_sendto, user_shutdown, user_wait,
+    USER_DONTWAIT, USER_RESOLVE, user_dgram, user_meta, user_recv, user_recv_seg, user_recv_segs, user_recvfrom,
+    user_send, user_send_dgrams, user_send_seg, user_sendto, user_shutdown, user_wait,
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_trylock, engine_unlock, helper_wake
-from ulnet.stack.readyfd cimport readyfd_new, readyfd_reserve, readyfd_show, readyfd_steer
+from ulnet.stack.readyfd cimport readyfd_blocking, readyfd_new, readyfd_reserve, readyfd_show, readyfd_steer
 from ulnet.stack.session_place cimport shared_adopt, shared_begin, shared_end
 from ulnet.stack.session_options cimport option_get, option_set
 from ulnet.stack.session_shared cimport (
@@ -51,6 +51,7 @@ cdef enum:
     PIECE_MAX_BYTES = 1 << 30        # no limit: a received segment is smaller
     ERRNO_MAX = 4095                 # an answer beyond it: the session is not here, and the calls for single pieces know
     CHUNK_BYTES = 65536
+    BURST = 64
 
 STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT",
           "CLOSING", "LAST-ACK", "TIME-WAIT")
@@ -271,6 +272,10 @@ cdef class Session:
 
     cdef Py_ssize_t recvfrom(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns,
                              ul_addr *src, uint16_t *sport, uint32_t *full_bytes) except -1:
+        return self.recv_datagram(out, n, flags, timeout_ns, src, sport, full_bytes, NULL)
+
+    cdef Py_ssize_t recv_datagram(self, uint8_t *out, size_t n, int flags, int64_t timeout_ns, ul_addr *src,
+                                  uint16_t *sport, uint32_t *full_bytes, user_meta *meta) except -1:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef Py_ssize_t got = -EINTR
@@ -280,7 +285,7 @@ cdef class Session:
         deadline = deadline_of(timeout_ns)
         while True:
             with nogil:
-                got = user_recvfrom(e, s, out, n, flags, deadline, src, sport, full_bytes)
+                got = user_recvfrom(e, s, out, n, flags, deadline, src, sport, full_bytes, meta)
             if got == -USER_SHARED:
                 got = shared_recvfrom(self, out, n, flags, deadline, src, sport, full_bytes)
                 if got == -USER_MINE:
@@ -332,6 +337,10 @@ cdef class Session:
 
     cdef Py_ssize_t sendto(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
                            int64_t timeout_ns) except -1:
+        return self.send_datagram(data, n, dst, dport, flags, NULL, timeout_ns)
+
+    cdef Py_ssize_t send_datagram(self, const uint8_t *data, size_t n, const ul_addr *dst, uint16_t dport, int flags,
+                                  const user_meta *meta, int64_t timeout_ns) except -1:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef Py_ssize_t got
@@ -341,7 +350,7 @@ cdef class Session:
         deadline = deadline_of(timeout_ns)
         while True:
             with nogil:
-                got = user_sendto(e, s, data, n, dst, dport, deadline)
+                got = user_sendto(e, s, data, n, dst, dport, meta, deadline)
             if got == -USER_SHARED:
                 got = shared_sendto(self, data, n, dst, dport, deadline)
                 if got == -USER_MINE:
@@ -591,13 +600,13 @@ cdef class Session:
 
     def fileno(self):
         """A descriptor that select, poll and epoll may watch; the same one at every call, -1 once closed."""
-        return self.descriptor(True)
+        return self.numbered_as(True)
 
     def number(self):
         """The number that fileno() gives, as a name only: until fileno() is called the descriptor says nothing."""
-        return self.descriptor(False)
+        return self.numbered_as(False)
 
-    cdef int descriptor(self, bint steered) except? -1:
+    cdef int numbered_as(self, bint steered) except? -1:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int err = 0
@@ -609,12 +618,16 @@ cdef class Session:
             if s.fd == NULL and not s.closing:
                 s.fd = readyfd_new(datagram, &err) if steered else readyfd_reserve(datagram, &err)
                 shows = steered and s.fd != NULL
+                if s.fd != NULL and not self.nonblocking:
+                    readyfd_blocking(s.fd, True)
             elif s.fd != NULL and s.fd.quiet and steered:
                 err = readyfd_steer(s.fd)
                 shows = err == 0
             if shows:
                 e.watched += 1
-                readyfd_show(s.fd, session_ready(s))
+                engine_tick(e)
+                engine_poll(e, BURST)      # what has come by now is shown at once
+                readyfd_show(s.fd, session_shown(s))
                 helper_wake(e)             # from now on frames must be noticed at once
             if s.fd != NULL:
                 number = s.fd.user_fd
@@ -625,6 +638,26 @@ cdef class Session:
             self.numbered = True
             numbers[number] = weakref.ref(self)
         return number
+
+    def set_nonblocking(self, bint nonblocking):
+        """Let O_NONBLOCK of the descriptor say so."""
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        if self.nonblocking == nonblocking:
+            return
+        self.nonblocking = nonblocking
+        if s.fd != NULL:
+            with nogil:
+                engine_lock(e)
+                if s.fd != NULL:
+                    readyfd_blocking(s.fd, not nonblocking)
+                engine_unlock(e)
+
+    @property
+    def descriptor(self):
+        """What fileno() gave; -1 if it was not called yet."""
+        cdef ul_session *s = self.s
+        return -1 if s.closing or s.fd == NULL else s.fd.user_fd
 
     # ------------------------------------------------------------ names, state, options
 
@@ -745,7 +778,7 @@ cdef class Session:
                 return hook(self, level, name, None)
         with nogil:
             engine_lock(e)
-            rc = option_get(s, level, name, &value)
+            rc = option_get(e, s, level, name, &value)
             engine_unlock(e)
         if rc < 0:
             fail(rc)

@@ -1,21 +1,25 @@
 """Socket options of a session: what a shell keeps for its connection, and what goes to the protocol at once."""
 
-from libc.errno cimport EINVAL, ENOPROTOOPT, EOPNOTSUPP
+from libc.errno cimport EINVAL, ENOPROTOOPT, ENOTCONN, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from ulnet.stack.engine_core cimport ROLE_TCP
 from ulnet.stack.tcp cimport tcp_getopt, tcp_setopt
 from ulnet.stack.tcp_cb cimport TCP_MSS_MIN
-from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP
+from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_is_zero
 
 cdef enum:
     SOL_SOCKET = 1
     SO_SNDBUF = 7
     SO_RCVBUF = 8
     SO_KEEPALIVE = 9
+    SO_RCVLOWAT = 18
+    SO_TIMESTAMP = 29
     SOL_IP = 0
     IP_TOS = 1
     IP_TTL = 2
+    IP_MTU_DISCOVER = 10
+    IP_MTU = 14
     TCP_NODELAY = 1
     TCP_MAXSEG = 2
     TCP_KEEPIDLE = 4
@@ -27,6 +31,8 @@ cdef enum:
 cdef int option_set(engine *e, ul_session *s, int level, int name, int value) noexcept nogil:
     if level == SOL_IP:
         if name == IP_TTL:
+            if value == -1:                # ip(7): the default again
+                value = 64
             if value < 1 or value > 255:
                 return -EINVAL
             s.ttl = <uint8_t>value
@@ -34,7 +40,18 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
         if name == IP_TOS:
             s.tos = <uint8_t>value
             return 0
+        if name == IP_MTU_DISCOVER:
+            if value < 0 or value > 5:
+                return -EINVAL
+            s.mtu_discover = <uint8_t>value
+            return 0
         return -ENOPROTOOPT
+    if level == SOL_SOCKET and name == SO_RCVLOWAT:
+        s.rcvlowat_bytes = <uint32_t>(value if value >= 0 else 0x7FFFFFFF)
+        return 0
+    if level == SOL_SOCKET and name == SO_TIMESTAMP:
+        s.stamp = value != 0
+        return 0
     if s.flow.proto == UL_IPPROTO_UDP:
         if level == SOL_SOCKET and name == SO_RCVBUF:
             s.cfg.rcvbuf_bytes = <uint32_t>(value if value > 4096 else 4096)
@@ -61,7 +78,7 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
         if name == TCP_NODELAY:
             s.cfg.nodelay = value != 0
         elif name == TCP_KEEPIDLE or name == TCP_KEEPINTVL or name == TCP_KEEPCNT:
-            if value < 1 or value > 32767:
+            if value < 1 or value > (127 if name == TCP_KEEPCNT else 32767):
                 return -EINVAL
             if name == TCP_KEEPIDLE:
                 s.cfg.keepidle_s = value
@@ -87,7 +104,7 @@ cdef int option_set(engine *e, ul_session *s, int level, int name, int value) no
     return 0
 
 
-cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nogil:
+cdef int option_get(engine *e, ul_session *s, int level, int name, int *value) noexcept nogil:
     if level != SOL_SOCKET and level != SOL_IP and level != s.flow.proto:
         return -EOPNOTSUPP                 # setsockopt() says ENOPROTOOPT to the same: so does Linux
     if level == SOL_IP and name == IP_TTL:
@@ -95,6 +112,19 @@ cdef int option_get(ul_session *s, int level, int name, int *value) noexcept nog
         return 0
     if level == SOL_IP and name == IP_TOS:
         value[0] = s.tos
+        return 0
+    if level == SOL_IP and name == IP_MTU_DISCOVER:
+        value[0] = s.mtu_discover
+        return 0
+    if level == SOL_IP and name == IP_MTU:
+        if addr_is_zero(&s.flow.raddr):
+            return -ENOTCONN
+        value[0] = <int>e.link.mtu_bytes
+        if s.path_mtu_bytes and s.path_mtu_bytes < e.link.mtu_bytes:
+            value[0] = s.path_mtu_bytes
+        return 0
+    if level == SOL_SOCKET and name == SO_RCVLOWAT:
+        value[0] = <int>(s.rcvlowat_bytes if s.rcvlowat_bytes else 1)
         return 0
     if s.role == ROLE_TCP:
         return tcp_getopt(s.tcp, level, name, value)

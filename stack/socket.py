@@ -8,20 +8,23 @@ else it is the network server named by ULNET_SERVER or at the default path.
 
 differs from socket(7): ``fileno()`` is for select, poll and epoll only, unless the session was placed in the server
 (``detach``, ``set_inheritable``): only then os.read and os.write touch the connection.
+MSG_DONTWAIT does not wait on a socket with a time-out either, where the standard module does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import socket as _std
 import sys
 import time
 import warnings
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
+from ulnet.stack._files import Files
 from ulnet.stack._socket import Socket, parse_address
 from ulnet.stack._sockopt import Options
 from ulnet.stack.engine import ERROR, HUP, READABLE, WRITABLE
@@ -63,7 +66,8 @@ if TYPE_CHECKING:  # at run time every public name of the standard module is tak
 error = OSError
 timeout = TimeoutError
 _UNCONNECTED: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
-_SENDFILE_BYTES: Final = 262144
+_LINGERING: Final = frozenset(("FIN-WAIT-1", "CLOSING", "LAST-ACK"))
+_LINGER_STEP_NS: Final = 2_000_000
 _Address = tuple[str, int]
 _GLOBAL_DEFAULT_TIMEOUT: Final[Any] = cast(Any, _std)._GLOBAL_DEFAULT_TIMEOUT  # http.client compares with it
 
@@ -94,7 +98,7 @@ def get_default_host() -> Host:
 # -- the class -----------------------------------------------------------------------------------
 
 
-class socket(Socket):
+class socket(Files, Socket):
     """A TCP or UDP socket over IPv4, shaped like the standard one; send and receive calls come from ``Socket``.
 
     ``socket(AF_INET, SOCK_STREAM | SOCK_DGRAM)``; ``host``: where its sessions are set up (module docstring).
@@ -154,6 +158,7 @@ class socket(Socket):
         self._file.users += 1
         self._adopt(session, named)
         self.settimeout(_default_timeout)
+        self._options_hold()
         self._closed = False
 
     def _revive(self, fileno: int) -> None:
@@ -183,6 +188,10 @@ class socket(Socket):
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return session
 
+    def _options_hold(self) -> None:
+        options = self._file.options
+        self._options_changed(options.beside, options.receive_patience_ns, options.send_patience_ns, self._file.host.ifindex)
+
     @property
     def host(self) -> Host:
         """Where this socket's session is set up."""
@@ -200,16 +209,20 @@ class socket(Socket):
         if self._named:
             raise OSError(errno.EINVAL, f"the socket is bound already, to {_show(self.getsockname())}")
         options = self._file.options
-        self._file.bound = self._file.host.bind(
+        address, port = self._file.host.bind(
             session, host, port, reuse_address=options.reuse_address, reuse_port=options.reuse_port
         )
+        # As the kernel: bound to any address it shows none, until it has a peer.
+        self._file.bound = ("0.0.0.0" if host == "0.0.0.0" else address), port
         self._adopt(session, True)
         if session.live:
             options.apply(session)
+        self._share_as_wished(session)
 
     def listen(self, backlog: int = min(_std.SOMAXCONN, 128), /) -> None:
         """Accept connections, at most ``backlog`` of them waiting. An unbound socket gets a port first."""
         session = self._need()
+        backlog = _c_int(backlog)
         if self.type != _std.SOCK_STREAM:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if not self._named:
@@ -220,6 +233,8 @@ class socket(Socket):
     def accept(self) -> tuple[socket, _Address]:
         """Wait for a connection; returns (a new socket, the peer's address)."""
         session = self._need()
+        if self.type != _std.SOCK_STREAM:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if not self._file.listening:
             raise OSError(errno.EINVAL, "accept() on a socket that does not listen")
         accepted = self._file.host.accept(session)
@@ -230,8 +245,16 @@ class socket(Socket):
         sock._file.options.apply(accepted)
         return sock, accepted.peer or ("0.0.0.0", 0)
 
+    def _accept(self) -> tuple[int, _Address]:
+        # What the C class has: the new connection as a bare descriptor, for socket(fileno=).
+        sock, address = self.accept()
+        return sock.detach(), address
+
     def _wait_accept(self, session: Session) -> Session:
         timeout_ns = self._timeout_ns
+        patient = timeout_ns < 0 and self._file.options.receive_patience_ns > 0  # SO_RCVTIMEO ends in EAGAIN
+        if patient:
+            timeout_ns = self._file.options.receive_patience_ns
         deadline = time.monotonic_ns() + timeout_ns
         while True:
             ready = session.wait(READABLE, timeout_ns)
@@ -242,12 +265,12 @@ class socket(Socket):
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if ready & (ERROR | HUP):
                 raise OSError(session.take_error() or errno.EINVAL, "the socket listens no more")
+            if timeout_ns > 0:
+                timeout_ns = max(deadline - time.monotonic_ns(), 0)
+                if timeout_ns == 0 and not patient:
+                    raise TimeoutError("timed out")
             if timeout_ns == 0:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            if timeout_ns > 0:
-                timeout_ns = deadline - time.monotonic_ns()
-                if timeout_ns <= 0:
-                    raise TimeoutError("timed out")
 
     def connect(self, address: Any, /) -> None:
         """Connect to (host, port). UDP: name the peer of send() and the only sender of recv()."""
@@ -255,13 +278,23 @@ class socket(Socket):
         host, port = parse_address(address, "connect")
         if self.type == _std.SOCK_STREAM and self._already(session):
             return
+        if host == "0.0.0.0":  # ip(7): this very host
+            host = self._file.host.address
+        timeout_ns = self._timeout_ns
+        patient = timeout_ns < 0 and self._file.options.send_patience_ns > 0
         try:
-            self._file.host.connect(session, host, port, self._timeout_ns)
-        except (BlockingIOError, TimeoutError):
-            self._file.connecting = session.state in _UNCONNECTED and session.ready == 0  # it goes on
+            self._file.host.connect(session, host, port, self._file.options.send_patience_ns if patient else timeout_ns)
+        except (BlockingIOError, TimeoutError) as error:
+            if patient and error.errno is None:  # socket(7), SO_SNDTIMEO
+                raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS)) from None
+            # It goes on; without a wait its outcome may be there already, and is told to who asks next.
+            self._file.connecting = isinstance(error, BlockingIOError) or (
+                session.state in _UNCONNECTED and session.ready == 0
+            )
             raise
         self._adopt(session, True)
         self._file.options.apply(session)
+        self._share_as_wished(session)
 
     def _already(self, session: Session) -> bool:
         """connect() again: True when what was started before has succeeded (connect(2): 0, EALREADY, EISCONN)."""
@@ -298,9 +331,9 @@ class socket(Socket):
     def getsockname(self) -> _Address:
         """The local (address, port); ("0.0.0.0", 0) without one."""
         session = self._need()
-        if session.live:
-            return session.local
-        return self._file.bound or ("0.0.0.0", 0)
+        if self._file.bound is not None and session.peer is None:
+            return self._file.bound
+        return session.local
 
     def getpeername(self) -> _Address:
         """The peer's (address, port); ENOTCONN without one."""
@@ -312,15 +345,18 @@ class socket(Socket):
 
     def shutdown(self, how: int, /) -> None:
         """SHUT_RD, SHUT_WR (the peer reads end of file) or SHUT_RDWR."""
-        if how not in (_std.SHUT_RD, _std.SHUT_WR, _std.SHUT_RDWR):
+        if _c_int(how) not in (_std.SHUT_RD, _std.SHUT_WR, _std.SHUT_RDWR):
             raise OSError(errno.EINVAL, f"shutdown() takes SHUT_RD, SHUT_WR or SHUT_RDWR, not {how}")
         self._need().shutdown(int(how))
+        if self._file.listening and how != _std.SHUT_WR:
+            self._file.listening = False  # as Linux: accept() is invalid from here on
 
     # -- options --
 
     def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None, /) -> None:
         """Set an option to an int or packed bytes. ENOPROTOOPT: not one of this stack's."""
         self._file.options.set(self._need(), level, optname, value, optlen)
+        self._options_hold()
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0, /) -> Any:
         """An option's value: an int, or bytes when buflen is given."""
@@ -335,7 +371,7 @@ class socket(Socket):
         if number:
             self._file.connecting = False
         elif session.live and session.state not in _UNCONNECTED:
-            self._file.connecting = False
+            # Still "connecting": as with Linux the next connect() is told of the success, too.
             self._adopt(session, True)
             self._file.options.apply(session)
         return number
@@ -348,49 +384,6 @@ class socket(Socket):
         if session is None:
             return -1
         return self._fd if self._fd >= 0 else show(session)
-
-    def makefile(
-        self,
-        mode: str = "r",
-        buffering: int | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> IO[Any]:
-        """A file object over the connection; closing the socket takes effect when all of them are closed."""
-        # The standard implementation only needs our recv_into(), send() and _io_refs.
-        return cast(
-            IO[Any],
-            _std.socket.makefile(  # type: ignore[call-overload]
-                self, mode, buffering, encoding=encoding, errors=errors, newline=newline
-            ),
-        )
-
-    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
-        """Send a binary file from ``offset`` to its end, or ``count`` bytes; returns the bytes sent."""
-        if "b" not in getattr(file, "mode", "b"):
-            raise ValueError("file should be opened in binary mode")
-        if self.type != _std.SOCK_STREAM:
-            raise ValueError("only SOCK_STREAM type sockets are supported")
-        if count is not None and (not isinstance(count, int) or count <= 0):
-            raise ValueError(f"count must be a positive integer (got {count!r})")
-        if self._timeout_ns == 0:
-            raise ValueError("non-blocking sockets are not supported")
-        if offset:
-            file.seek(offset)
-        total = 0
-        try:
-            while count is None or total < count:
-                data = file.read(_SENDFILE_BYTES if count is None else min(_SENDFILE_BYTES, count - total))
-                if not data:
-                    break
-                self.sendall(data)
-                total += len(data)
-        finally:
-            if total and file.seekable():
-                file.seek(offset + total)
-        return total
 
     def dup(self) -> socket:
         """Another socket, with a descriptor of its own, for the same connection; it ends with the last of them."""
@@ -418,9 +411,10 @@ class socket(Socket):
 
     def _share_as_wished(self, session: Session) -> None:
         # A socket without a name waits for it.
-        if session.session_id and self._file.inheritable != os.get_inheritable(self.fileno()):
-            self._file.host.publish(session, self._file.inheritable)
-            os.set_inheritable(self.fileno(), self._file.inheritable)
+        wished = self._file.inheritable
+        if session.session_id and (wished or session.shared) and wished != os.get_inheritable(self.fileno()):
+            self._file.host.publish(session, wished)
+            os.set_inheritable(self.fileno(), wished)
 
     def detach(self) -> int:
         """Leave the connection to its descriptor, which carries the data from now on: os.read and os.write do, too.
@@ -464,10 +458,12 @@ class socket(Socket):
         if self._closed:
             self.close()
 
-    def _real_close(self) -> None:
+    def _real_close(self, linger: bool = True) -> None:
         session = self.session
         if session is None:
             return
+        if linger and self._file.users == 1 and self._file.options.linger_s > 0:
+            self._linger(session)
         self._adopt(None, False)
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -475,6 +471,16 @@ class socket(Socket):
         self._file.users -= 1
         if not self._file.users:
             self._file.host.close(session, abort=self._file.options.abort_on_close)
+
+    def _linger(self, session: Session) -> None:
+        # socket(7), SO_LINGER: until the peer has acknowledged all, or the time is over.
+        if self._file.listening or session.state in _UNCONNECTED or session.stat().get("unread_bytes"):
+            return
+        deadline = time.monotonic_ns() + self._file.options.linger_s * 1_000_000_000
+        with contextlib.suppress(OSError):
+            session.shutdown(_std.SHUT_WR)
+            while session.state in _LINGERING and time.monotonic_ns() < deadline:
+                session.wait(0, _LINGER_STEP_NS)
 
     def __enter__(self) -> socket:
         return self
@@ -491,14 +497,16 @@ class socket(Socket):
         if not self._closed and not sys.is_finalizing():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         with contextlib.suppress(Exception):
-            self._real_close()
+            self._real_close(linger=False)  # differs: the collector does not wait
 
     def __repr__(self) -> str:
         session = self.session
         text = f"<{type(self).__module__}.{type(self).__qualname__}"
         if session is None:
-            return f"{text} [closed]>"
-        text += f" family={self.family}, type={self.type}, proto={self.proto}, state={session.state}"
+            return f"{text} [closed] fd=-1>"
+        if session.descriptor >= 0:  # looking at a socket must not make one
+            text += f" fd={session.descriptor},"
+        text += f" family={self.family}, type={self.type}, proto={self.proto}"
         with contextlib.suppress(OSError):
             text += f", laddr={self.getsockname()}"
             text += f", raddr={self.getpeername()}"
@@ -516,6 +524,16 @@ def _wrap(host: Host, session: Session, proto: int, options: Options, named: boo
     sock._fd = -1
     sock._setup(host, session, proto, options, named)
     return sock
+
+
+def _c_int(value: int) -> int:
+    """A number that must fit a C int, as the standard module's argument parsing has it."""
+    number = operator.index(value)
+    if not -0x80000000 <= number <= 0x7FFFFFFF:
+        raise OverflowError(
+            "signed integer is greater than maximum" if number > 0 else "signed integer is less than minimum"
+        )
+    return number
 
 
 def _show(address: _Address) -> str:
@@ -554,7 +572,7 @@ def create_connection(
     for family, kind, proto, _, target in getaddrinfo(address[0], address[1], _std.AF_INET, _std.SOCK_STREAM):
         sock = None
         try:
-            sock = socket(family, kind, proto, host=host)
+            sock = socket(family, kind, proto) if host is None else socket(family, kind, proto, host=host)
             if timeout is not _GLOBAL_DEFAULT_TIMEOUT:
                 sock.settimeout(timeout)
             if source_address:
@@ -587,7 +605,7 @@ def create_server(
     """A listening TCP socket bound to (host, port), with SO_REUSEADDR."""
     if dualstack_ipv6:
         raise ValueError("dualstack_ipv6 not supported on this platform")
-    sock = socket(family, _std.SOCK_STREAM, host=host)
+    sock = socket(family, _std.SOCK_STREAM) if host is None else socket(family, _std.SOCK_STREAM, host=host)
     try:
         sock.setsockopt(_std.SOL_SOCKET, _std.SO_REUSEADDR, 1)
         if reuse_port:

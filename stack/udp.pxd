@@ -15,6 +15,10 @@ ctypedef struct udp_pcb:
     uint64_t bytes_in
     uint64_t bytes_out
     uint64_t dropped_full          # no room in the receive buffer
+    # of the packet that udp_input is given next, copied to each of its datagrams
+    uint8_t in_ttl
+    uint8_t in_tos
+    int64_t in_stamp_ns
 
 cdef udp_pcb *udp_new(uint32_t rcvbuf_bytes) noexcept nogil
 cdef void udp_free(bufpool *p, udp_pcb *u) noexcept nogil

@@ -46,6 +46,9 @@ cdef int accept_one(bufpool *p, udp_pcb *u, const uint8_t *data, uint32_t n, uin
         return code
     u.rcv.tail.raddr = src[0]
     u.rcv.tail.rport = sport
+    u.rcv.tail.ttl = u.in_ttl
+    u.rcv.tail.tos = u.in_tos
+    u.rcv.tail.stamp_ns = u.in_stamp_ns
     u.datagrams_in += 1
     u.bytes_in += n
     return 0

@@ -11,7 +11,7 @@ A, B = "10.0.0.1", "10.0.0.2"
 
 
 def listening(host: Embedded, port: int = 0, backlog: int = 16) -> socket.socket:
-    listener = socket.create_server(("", port), backlog=backlog, host=host)
+    listener = socket.create_server((host.address, port), backlog=backlog, host=host)
     listener.settimeout(5)
     return listener
 

@@ -75,7 +75,7 @@ def joined(
         theirs, peer = service.accept()
         assert peer == ours.getsockname()
     else:
-        with socket.create_server(("", 0), host=proxy) as listener:
+        with socket.create_server((ADDRESS, 0), host=proxy) as listener:
             listener.settimeout(5)
             theirs = bed.b.socket()
             theirs.settimeout(5)
@@ -246,7 +246,7 @@ def test_asyncio(bed: Bed, proxy: Proxy) -> None:
                 assert theirs.recv(100) == b"HELLO %d\n" % i
 
     async def main() -> None:
-        listener = socket.create_server(("", 0), host=proxy)
+        listener = socket.create_server((ADDRESS, 0), host=proxy)
         listener.setblocking(False)
         server = await asyncio.start_server(serve, sock=listener)  # type: ignore[arg-type]
         async with server, asyncio.timeout(20):

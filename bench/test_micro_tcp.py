@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ulnet.demo import lockstep
+from ulnet.table import lockstep
 from ulnet.stack.sim import Sim
 
 MSS = 1448

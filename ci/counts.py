@@ -1,6 +1,6 @@
 """Exact counts of the hot path, compared with ci/counts.json: ``python -m ci.counts [--update]``.
 
-Two stacks in one thread (ulnet.demo.lockstep), so that no count depends on time: system calls, frames and copied bytes
+Two stacks in one thread (ulnet.table.lockstep), so that no count depends on time: system calls, frames and copied bytes
 of a message and of bulk data, over memory and over each packet interface. Where strace is installed it counts the
 system calls, too: of this program with some round trips, less those with half as many. Exit status 1: a difference.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ulnet.demo import lockstep
+from ulnet.table import lockstep
 from ulnet.kernelshim.testbed import can_testbed
 
 EXPECTED = Path(__file__).resolve().with_name("counts.json")

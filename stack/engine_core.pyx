@@ -19,6 +19,7 @@ from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_i
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
+from ulnet.stack.stamps cimport STAMP_FRAME, STAMP_OUTPUT, stamp
 from ulnet.stack.statpage cimport stat_give
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
@@ -474,6 +475,7 @@ cdef void settle_tcp(engine *e, ul_session *s) noexcept nogil:
     cdef int state
     cdef int error
     if tcp_wants_output(s.tcp):
+        stamp(STAMP_OUTPUT)
         tcp_output(&e.env, s.tcp)
     state = tcp_state(s.tcp)
     if s.phase != PHASE_OPEN and state != TCP_SYN_SENT and state != TCP_SYN_RECEIVED:
@@ -517,6 +519,7 @@ cdef int engine_drain(engine *e, int budget) noexcept nogil:
     cdef ul_rx frame
     cdef int done = 0
     while done < budget and e.link.recv(e.link.ctx, &frame):
+        stamp(STAMP_FRAME)
         if done == 0:
             engine_tick(e)
         done += 1

@@ -23,6 +23,7 @@ from ulnet.stack.engine_core cimport (
     engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, session_ready, session_ref, session_unref, ul_session,
     waiter,
 )
+from ulnet.stack.stamps cimport STAMP_WOKEN, stamp
 from ulnet.stack.types cimport UL_ERROR, UL_HUP
 
 cdef extern from *:
@@ -189,6 +190,7 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns) noexcept nogil:
     e.n.polls += 1
     pthread_mutex_unlock(&e.lock)
     rc = ppoll(fds, 2, timeout, NULL)
+    stamp(STAMP_WOKEN)
     rc = -EINTR if rc < 0 and errno == EINTR else 0
     if fds[0].revents:
         read(wake_fd, &junk, 8)

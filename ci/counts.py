@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ulnet.table import lockstep
 from ulnet.kernelshim.testbed import can_testbed
+from ulnet.table import lockstep
 
 EXPECTED = Path(__file__).resolve().with_name("counts.json")
 TRIPS = 200

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from ulnet.kernelshim.testbed import Host, Testbed
+from ulnet.stack import stamps as stamping
 
 KERNEL = {"a": "10.77.0.1", "b": "10.77.0.2"}
 USER = {"a": "10.77.0.10", "b": "10.77.0.20"}
@@ -29,8 +31,28 @@ class MeasureError(Exception):
     """A measurement that cannot be made, in one line."""
 
 
-def start_server(host: Host, address: str, path: Path, *, stamps: Path | None = None) -> subprocess.Popen[str]:
-    """Run ``ulnet netserver`` on the host and wait for its ready line, which is left in ``.ready``."""
+class Server:
+    """A network server in the foreground; ``ready`` is what it said when it was."""
+
+    def __init__(self, process: subprocess.Popen[str], ready: str) -> None:
+        self.process = process
+        self.ready = ready
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """End it in good order; its exit status."""
+        self.process.terminate()
+        return self.process.wait(10)
+
+
+def start_server(host: Host, address: str, path: Path, *, stamps: Path | None = None) -> Server:
+    """Run ``ulnet netserver`` on the host and wait for its ready line."""
     module = ["ulnet"] if stamps is None else ["ulnet.table.stamped_server", str(stamps)]
     process: subprocess.Popen[str] = host.popen(
         [
@@ -45,8 +67,7 @@ def start_server(host: Host, address: str, path: Path, *, stamps: Path | None = 
     line = process.stdout.readline()
     if "serving" not in line:
         raise MeasureError(f"the network server for {address} did not start; its error is above")
-    process.ready = line.strip()  # type: ignore[attr-defined]
-    return process
+    return Server(process, line.strip())
 
 
 def processors() -> tuple[list[int], list[int]]:
@@ -130,44 +151,22 @@ def once(a: Worker, b: Worker, command: dict[str, Any], api: str, api_b: str | N
     return figures
 
 
-class Bed:
-    """The hosts, servers and measuring processes. ``stamps``: a folder for the files of layers.py."""
+class Pair:
+    """Measuring processes on two hosts whose addresses are served at ``paths["a"]`` and ``paths["b"]``."""
 
-    def __init__(self, *, stamps: bool = False) -> None:
-        self._undo = contextlib.ExitStack()
-        with contextlib.ExitStack() as undo:
-            folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="ulnet-table-")))
-            folder.chmod(0o755)  # the measuring processes give root up and must reach the sockets
-            self.folder = folder
-            self.testbed = undo.enter_context(Testbed())
-            self.a, self.b = self.testbed.host("a"), self.testbed.host("b")
-            self.testbed.wire(self.a, self.b, a_addr=f"{KERNEL['a']}/24", b_addr=f"{KERNEL['b']}/24")
-            self.paths = {name: folder / f"{name}.sock" for name in ("a", "b")}
-            self.stamps = {name: folder / f"{name}.stamps" for name in ("server-a", "server-b", "a", "b")}
-            if stamps:
-                from ulnet.stack import stamps as stamping
-
-                for path in self.stamps.values():
-                    stamping.create(str(path), mode=0o666)
-            self.servers = [
-                start_server(host, USER[name], self.paths[name], stamps=self.stamps[f"server-{name}"] if stamps else None)
-                for name, host in (("a", self.a), ("b", self.b))
-            ]
-            self.cpus = processors()
-            self.workers = [
-                Worker(host, self.paths[name], {"kernel": KERNEL[name], "ulnet": USER[name]}, cpus)
-                for name, host, cpus in (("a", self.a, self.cpus[0]), ("b", self.b, self.cpus[1]))
-            ]
-            if stamps:
-                for name, worker in zip("ab", self.workers, strict=True):
-                    worker.tell(op="stamps", path=str(self.stamps[name]))
-            self._undo = undo.pop_all()
+    def __init__(self, a: Host, b: Host, paths: dict[str, Path]) -> None:
+        self.a, self.b = a, b
+        self.paths = paths
+        self.cpus = processors()
+        self.workers: list[Worker] = []
+        for name, host, cpus in (("a", a, self.cpus[0]), ("b", b, self.cpus[1])):
+            self.workers.append(Worker(host, paths[name], {"kernel": KERNEL[name], "ulnet": USER[name]}, cpus))
 
     def once(self, command: dict[str, Any], api: str, api_b: str | None = None) -> dict[str, Any]:
         return once(self.workers[0], self.workers[1], command, api, api_b)
 
     @contextlib.contextmanager
-    def one_processor(self) -> Any:
+    def one_processor(self) -> Iterator[None]:
         """Both ends on the processor of end a, meanwhile."""
         self.workers[1].tell(op="place", cpus=self.cpus[0])
         try:
@@ -176,7 +175,7 @@ class Bed:
             self.workers[1].tell(op="place", cpus=self.cpus[1])
 
     @contextlib.contextmanager
-    def no_offload(self) -> Any:
+    def no_offload(self) -> Iterator[None]:
         """Checksum and segmentation offload off at both ends, meanwhile."""
         self.a.offload(False)
         self.b.offload(False)
@@ -187,20 +186,49 @@ class Bed:
             self.b.offload(True)
 
     def close(self) -> None:
-        with self._undo:
-            for worker in self.workers:
-                with contextlib.suppress(OSError):
-                    worker.close()
-            for server in self.servers:
-                server.terminate()
-            for server in self.servers:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    server.wait(10)
+        for worker in self.workers:
+            with contextlib.suppress(OSError):
+                worker.close()
 
-    def __enter__(self) -> Bed:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Bed(Pair):
+    """The same with the hosts and servers, made for it. ``stamps``: every process can leave time stamps (layers.py)."""
+
+    def __init__(self, *, stamps: bool = False) -> None:
+        with contextlib.ExitStack() as undo:
+            folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="ulnet-table-")))
+            folder.chmod(0o755)  # the measuring processes give root up and must reach the sockets
+            testbed = undo.enter_context(Testbed())
+            a, b = testbed.host("a"), testbed.host("b")
+            testbed.wire(a, b, a_addr=f"{KERNEL['a']}/24", b_addr=f"{KERNEL['b']}/24")
+            paths = {name: folder / f"{name}.sock" for name in ("a", "b")}
+            self.stamps = {name: str(folder / f"{name}.stamps") for name in ("server-a", "server-b", "a", "b")}
+            if stamps:
+                for path in self.stamps.values():
+                    stamping.create(path, mode=0o666)
+            self.servers = [
+                start_server(
+                    host, USER[name], paths[name], stamps=Path(self.stamps[f"server-{name}"]) if stamps else None
+                )
+                for name, host in (("a", a), ("b", b))
+            ]
+            super().__init__(a, b, paths)
+            if stamps:
+                for name, worker in zip("ab", self.workers, strict=True):
+                    worker.tell(op="stamps", path=self.stamps[name])
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        with self._undo:
+            super().close()
+            for server in self.servers:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # the test hosts kill what is left
+                    server.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401  now: a process that gave root up may not find it later
 import gc
 import selectors as kernel_selectors
 import socket as kernel
@@ -83,12 +84,9 @@ class _Asking(asyncio.Protocol):
 
 
 def _loop(main: Any) -> Any:
-    if features.UVLOOP:
-        import uvloop  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(main)
-    return asyncio.run(main)
+    factory = None if features.UVLOOP is None else features.UVLOOP.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
 
 
 async def _serve(address: str, count: int, limit_s: float) -> Figures:
@@ -122,11 +120,7 @@ async def _ask(peer: str, port: int, count: int, seconds: float) -> Figures:
 
 
 def _selector() -> Any:
-    if features.SELECTORS:
-        import importlib
-
-        return importlib.import_module("ulnet.stack.selectors").DefaultSelector()
-    return kernel_selectors.DefaultSelector()
+    return (features.SELECTORS or kernel_selectors).DefaultSelector()
 
 
 def _answer_all(ends: Ends, api: str, count: int, limit_s: float) -> Figures:
@@ -147,6 +141,8 @@ def _answer_all(ends: Ends, api: str, count: int, limit_s: float) -> Figures:
                     n = sock.recv_into(view)
                 except BlockingIOError:
                     continue
+                except ConnectionResetError:  # closed with our last answer unread
+                    n = 0
                 if n == 0:
                     selector.unregister(sock)
                     sock.close()

@@ -129,6 +129,10 @@ def say(answer: Figures) -> None:
     print(json.dumps(answer), flush=True)
 
 
+def page_bytes() -> int:
+    return resource.getpagesize()
+
+
 def resident_bytes() -> int:
     """This process's memory (proc_pid_statm(5))."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

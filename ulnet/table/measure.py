@@ -10,9 +10,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from ulnet.table.bed import Bed, MeasureError
+from ulnet.table.bed import MeasureError, Pair
 from ulnet.table.rows import COLUMNS, ROWS, Column, Row, ratio_1993, reference
 
 MIB = 1 << 20
@@ -111,22 +112,21 @@ class Table:
     def live(self) -> list[Row]:
         return [row for row in self.rows if row.key not in self.skipped]
 
-    def measure(self, bed: Bed, budget: Budget, step: Callable[[float], None] = lambda share: None) -> None:
+    def measure(self, bed: Pair, budget: Budget, step: Callable[[float], None] = lambda share: None) -> None:
         """Passes until the budget is used up. ``step`` is told how much of the work is done (0 to 1)."""
         start = time.monotonic()
         guess = budget.table_s / 2  # of a pass, before there was one
         while self.passes < budget.passes:
-            began = time.monotonic()
-            if self.passes >= budget.least and began - start + guess > budget.table_s:
+            spent = time.monotonic() - start
+            if self.passes >= budget.least and spent + guess > budget.table_s:
                 break
             total = max(budget.table_s, guess * budget.least)
-            self._pass(bed, budget, lambda part, began=began, total=total: step(  # type: ignore[misc]
-                min(1.0, (began - start + part * guess) / total)))  # fmt: skip
+            self._pass(bed, budget, partial(_share, step, spent / total, guess / total))
             self.passes += 1
-            guess = time.monotonic() - began
+            guess = time.monotonic() - start - spent
         step(1.0)
 
-    def _pass(self, bed: Bed, budget: Budget, step: Callable[[float], None]) -> None:
+    def _pass(self, bed: Pair, budget: Budget, step: Callable[[float], None]) -> None:
         jobs = list(dict.fromkeys((column.proto, column.size == 0) for column in self.columns))
         done = 0
         for proto, bulk in jobs:
@@ -139,7 +139,7 @@ class Table:
                 done += 1
                 step(done / (len(jobs) * len(self.rows)))
 
-    def _trips(self, bed: Bed, budget: Budget, row: Row, columns: list[Column]) -> None:
+    def _trips(self, bed: Pair, budget: Budget, row: Row, columns: list[Column]) -> None:
         known = [c.values[-1] for c in (self.cells[row.key][column.key] for column in columns) if c.values]
         count = min(budget.trips, 100)
         if known:
@@ -153,7 +153,7 @@ class Table:
             figure = found[column.size]
             self.cells[row.key][column.key].add(figure["us"], (figure["q1"], figure["q3"]))
 
-    def _bulk(self, bed: Bed, budget: Budget, row: Row, column: Column) -> None:
+    def _bulk(self, bed: Pair, budget: Budget, row: Row, column: Column) -> None:
         cell = self.cells[row.key][column.key]
         command = {"op": "bulk", "proto": "tcp", "spin": row.spin, "lend": row.lend}
         command["bytes"] = bulk_bytes(budget, cell.values[-1] if cell.values else None)
@@ -191,6 +191,10 @@ class Table:
             "rows": [{"key": r.key, "name": r.name, "skipped": self.skipped.get(r.key, "")} for r in self.rows],
             "cells": cells,
         }
+
+
+def _share(step: Callable[[float], None], done: float, part: float, share: float) -> None:
+    step(min(1.0, done + part * share))
 
 
 def bulk_bytes(budget: Budget, gbit: float | None) -> int:

@@ -1,4 +1,4 @@
-"""``python -m ulnet.table.stamped_server FILE COMMAND...``: an ulnet command whose engine leaves its time stamps in FILE."""
+"""``python -m ulnet.table.stamped_server FILE COMMAND...``: a command that leaves its time stamps in FILE."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ CHUNK = 1 << 20
 PIECE = 65_536  # what the buffer interface sends and takes at a time
 AHEAD = 2  # datagram trains on their way
 
+
 def _tune(sock: Any, api: str, tcp: bool, spin: bool) -> None:
     if tcp:
         sock.setsockopt(kernel.IPPROTO_TCP, kernel.TCP_NODELAY, 1)
@@ -79,7 +80,7 @@ class Plain:
 
 
 class Lent:
-    """The same by the buffer interface (SOSP 1993 4.2): what is received is the stack's own memory, sent back as it is."""
+    """The same by the buffer interface (SOSP 1993 4.2): what is received is the stack's own memory, sent back."""
 
     def __init__(self, sock: Any, size: int) -> None:
         self._sock = sock
@@ -111,7 +112,7 @@ class Lent:
 
 
 def _round_trips(ends: Ends, sock: Any, command: Command) -> Figures:
-    """For each size, ``count`` round trips after ``warm`` others: quartiles in microseconds, and what the engine counted."""
+    """For each size, ``count`` round trips after ``warm`` others: quartiles in us; what the engine counted."""
     api, count, warm = command["api"], command["count"], command["warm"]
     spin = command.get("spin", True)
     _tune(sock, api, command["proto"] == "tcp", spin)

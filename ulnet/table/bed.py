@@ -206,7 +206,7 @@ class Bed(Pair):
         with contextlib.ExitStack() as undo:
             folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="ulnet-table-")))
             folder.chmod(0o755)  # the measuring processes give root up and must reach the sockets
-            testbed = undo.enter_context(Testbed())
+            self.testbed = testbed = undo.enter_context(Testbed())
             a, b = testbed.host("a"), testbed.host("b")
             testbed.wire(a, b, a_addr=f"{KERNEL['a']}/24", b_addr=f"{KERNEL['b']}/24")
             paths = {name: folder / f"{name}.sock" for name in ("a", "b")}

@@ -199,8 +199,8 @@ def _ask_all(ends: Ends, command: Command) -> Figures:
 def requests(ends: Ends, command: Command) -> Figures:
     """``count`` connections with one 1 KiB request each at any time, one thread at each end: ``rate`` in answers/s.
 
-    Kernel sockets: asyncio (with uvloop where it is). ulnet: a loop over its selectors where it has some, otherwise over
-    epoll and the sockets' descriptors.
+    Kernel sockets: asyncio (with uvloop where it is). ulnet: a loop over its selectors where it has some, otherwise
+    over epoll and the sockets' descriptors.
     """
     api, count = command["api"], command["count"]
     limit_s = command["seconds"] + DRAIN_S + count * 0.02

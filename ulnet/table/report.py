@@ -45,8 +45,9 @@ def heading(column: Document) -> str:
 
 
 EXPLANATION = (
-    "Each cell: median and ratio to the kernel row (round trips: spinning; bulk: sendall and recv_into); below it the quartiles "
-    "over the passes, and the ratio of 1993 (DECstation 5000/200, Mach 2.5 in the kernel). Bulk: more is better."
+    "Each cell: median and ratio to the kernel row (round trips: spinning; bulk: sendall and recv_into); below it the "
+    "quartiles over the passes, and the ratio of 1993 (DECstation 5000/200, Mach 2.5 in the kernel). Bulk: more is "
+    "better."
 )
 
 
@@ -114,27 +115,27 @@ def layers_view(layers: Document) -> RenderableType:
     shown: list[RenderableType] = []
     ways = layers["ways"]
     out = Table(title="One way of a 1-byte message, by layer, in us", title_justify="left", pad_edge=False)
-    out.add_column("layer")
+    out.add_column("", no_wrap=True)
     for way in ways:
         out.add_column(way["name"].replace(", ", "\n"), justify="right", no_wrap=True)
-    out.add_column("1993, us: TCP\nlibrary/kernel/server", justify="right", no_wrap=True)
-    out.add_column("1993, us: UDP\nlibrary/kernel/server", justify="right", no_wrap=True)
+    out.add_column("1993, TCP: library\n/kernel/server", justify="right", no_wrap=True)
+    out.add_column("1993, UDP: library\n/kernel/server", justify="right", no_wrap=True)
     for layer in layers["layers"]:
         cells = ["-" if way["us"].get(layer["key"]) is None else f"{way['us'][layer['key']]:.2f}" for way in ways]
         out.add_row(layer["name"], *cells, layer["tcp_1993"], layer["udp_1993"])
     out.add_section()
     out.add_row("all", *(f"{way['sum_us']:.2f}" for way in ways), *layers["all_1993"])
-    out.add_row("half a round trip, stamped", *(f"{way['half_us']:.2f}" for way in ways), "", "")
-    out.add_row("half a round trip, stamps off", *(f"{way['plain_half_us']:.2f}" for way in ways), "", "")
+    out.add_row("half a round trip", *(f"{way['half_us']:.2f}" for way in ways), "", "")
+    out.add_row("the same, stamps off", *(f"{way['plain_half_us']:.2f}" for way in ways), "", "")
     shown.append(out)
     shown += [Text(note) for note in layers["notes"]]
-    counts = Table(title="Counted", title_justify="left", pad_edge=False)
-    counts.add_column("what")
-    names = list(dict.fromkeys(name for row in layers["counts"].values() for name in row))
-    for name in names:
-        counts.add_column(name, justify="right")
-    for what, row in layers["counts"].items():
-        counts.add_row(what, *("-" if row.get(name) is None else f"{row[name]:,g}" for name in names))
+    counts = Table(title="Counted, exactly", title_justify="left", pad_edge=False)
+    counts.add_column("", no_wrap=True)
+    for what in layers["counts"]:
+        counts.add_column(what, justify="right")
+    for name in dict.fromkeys(name for row in layers["counts"].values() for name in row):
+        values = [row.get(name) for row in layers["counts"].values()]
+        counts.add_row(name, *("-" if value is None else f"{value:,}" for value in values))
     shown.append(counts)
     return Group(*shown)
 

@@ -59,8 +59,8 @@ def notes(bed: Bed) -> list[str]:
     )
     return [
         where,
-        "Both ends are the same program without privilege; packet filters and the outgoing guard are on. Buffer interface: "
-        f"{features.buffer_interface()}.",
+        "Both ends are the same program without privilege; packet filters and the outgoing guard are on. "
+        f"Buffer interface: {features.buffer_interface()}.",
     ]
 
 

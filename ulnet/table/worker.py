@@ -249,12 +249,12 @@ def _connections(ends: Ends, command: Command) -> Figures:
     return {"us": statistics.median(times) / 1000}
 
 
-def _train_in(sock: Any, length: int, size: int, batch: bool) -> int:
-    """One train; how many datagrams of it are lost."""
+def _train_in(sock: Any, length: int, size: int, batch: bool, wait_s: float) -> int:
+    """One train; how many datagrams of it are lost. ``wait_s``: for the first; the others follow each other closely."""
     buffer = memoryview(bytearray(max(size, 64)))
-    got = 0
-    try:
-        while got < length:
+    got, limit = 0, time.monotonic() + wait_s
+    while got < length:
+        try:
             if batch:
                 for piece in sock.recv_buffers(length - got):
                     piece.release()
@@ -262,9 +262,14 @@ def _train_in(sock: Any, length: int, size: int, batch: bool) -> int:
             else:
                 sock.recvfrom_into(buffer)
                 got += 1
-    except (TimeoutError, BlockingIOError):
-        if got == 0:
-            raise TimeoutError("a whole train of datagrams was lost") from None
+        except (TimeoutError, BlockingIOError):
+            if time.monotonic() < limit:
+                continue
+            if got == 0:
+                raise TimeoutError("a whole train of datagrams was lost") from None
+            break
+        if got == 1 or batch:
+            limit = time.monotonic() + LOST_S
     return length - got
 
 
@@ -281,11 +286,13 @@ def _trains(sock: Any, command: Command) -> Figures:
     if command["side"] == "b":
         lost = 0
         for number in range(trains):
-            wait = TIMEOUT_S if number == 0 else LOST_S
-            patient(sock, wait) if api == "kernel" else sock.settimeout(wait)
-            lost += _train_in(sock, length, size, batch)
+            if number == 0:
+                patient(sock, LOST_S) if api == "kernel" else sock.settimeout(LOST_S)
+                _tune(sock, api, False, command.get("spin", True))
+            lost += _train_in(sock, length, size, batch, TIMEOUT_S if number == 0 else TIMEOUT_S / 4)
             sock.send(b"k")
         return {"lost": lost}
+    _tune(sock, api, False, command.get("spin", True))
     message = bytes(size)
     messages = [message] * length
     answer = bytearray(64)
@@ -299,9 +306,9 @@ def _trains(sock: Any, command: Command) -> Figures:
             for _ in range(length):
                 sock.sendto(message, peer)
         if number >= ahead - 1:
-            sock.recv_into(answer)
+            _until(lambda: int(sock.recv_into(answer)))
     for _ in range(min(ahead - 1, trains)):
-        sock.recv_into(answer)
+        _until(lambda: int(sock.recv_into(answer)))
     return {"us": (time.perf_counter_ns() - start) / 1000 / (trains * length)}
 
 

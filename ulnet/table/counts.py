@@ -178,7 +178,7 @@ def _mtrace(on: bool) -> None:
 # -- for the table ---------------------------------------------------------------------------------
 
 
-def overview(link: str) -> tuple[dict[str, Counts], list[str]]:
+def overview(link: str, with_allocations: bool = True) -> tuple[dict[str, Counts], list[str]]:
     """Of a message and of a MiB: kernel crossings, copies, allocations; and what could not be counted."""
     rows: dict[str, Counts] = {}
     notes: list[str] = []
@@ -202,11 +202,14 @@ def overview(link: str) -> tuple[dict[str, Counts], list[str]]:
             "bytes copied, frame to heap": round(counts["bytes copied from frame to heap"] * scale, 1),
             "bytes copied, from and to the program": program,
         }
+        rows[name] = row
+        if not with_allocations:
+            notes = ["Allocations are not counted: no time."]
+            continue
         try:
             row["allocations"] = round(allocations(link, kind, TRIPS if message else BLOCKS) * scale, 2)
         except (OSError, subprocess.TimeoutExpired) as error:
             notes = [f"Allocations are not counted: {error}."]
-        rows[name] = row
     return rows, notes
 
 

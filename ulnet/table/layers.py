@@ -267,7 +267,8 @@ def measure(bed: Bed, budget: Budget, step: Callable[[str, float], None]) -> dic
         shares = ", ".join(f"{key} {value:.2f}" for key, value in parts.items())
         notes.append(
             "Link output to kernel copy out are one system call of the sender, divided in proportion to sends of their "
-            f"own: into a dummy device, to no socket, to a filter that refuses, into a ring; each adds, in us: {shares}."
+            "own: into a dummy device, to no socket, to a filter that refuses, into a ring; each adds, in us: "
+            f"{shares}."
         )
         if "receive" not in parts:
             notes.append("Link output includes receive: this kernel has no dummy devices to tell them apart.")
@@ -290,7 +291,7 @@ def measure(bed: Bed, budget: Budget, step: Callable[[str, float], None]) -> dic
         found["us"] = split(found["us"], parts)
         ways.append({"name": name, "api": api, "proto": proto} | found)
     step("counts", 0.75)
-    counted, more = counts.overview("ipf")
+    counted, more = counts.overview("ipf", with_allocations=budget.least > 1)
     notes.append(
         "queue: in the ring, until noticed. wake-up: of the sleeping thread, and from the delivered data to the "
         "program's thread. Server placement: entry and exit include the hop between program and server."

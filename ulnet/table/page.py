@@ -84,8 +84,7 @@ def _layers(layers: Document) -> list[str]:
     parts = [_grid("One way of a 1-byte message, by layer, in us", heads, rows)]
     names = list(dict.fromkeys(name for row in layers["counts"].values() for name in row))
     figures_of = [
-        [_escaped(name), *("-" if row.get(name) is None else f"{row[name]:,}" for row in layers["counts"].values())]
-        for name in names
+        [_escaped(name), *(report.amount(row.get(name)) for row in layers["counts"].values())] for name in names
     ]
     parts.append(_grid("Counted, exactly", ["", *layers["counts"]], figures_of))
     return parts + [f"<p>{_escaped(note)}</p>" for note in layers["notes"]]

@@ -20,6 +20,11 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def amount(value: float | None) -> str:
+    """A count, whole where it is whole."""
+    return "-" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
 def cell_lines(cell: dict[str, Any]) -> tuple[str, str, str]:
     """``("9.0 x0.62", "8.8-9.3", "'93 x1.23")``."""
     ratio, old = cell["ratio"], cell["ratio_1993"]
@@ -117,9 +122,9 @@ def layers_view(layers: Document) -> RenderableType:
     out = Table(title="One way of a 1-byte message, by layer, in us", title_justify="left", pad_edge=False)
     out.add_column("", no_wrap=True)
     for way in ways:
-        out.add_column(way["name"].replace(", ", "\n"), justify="right", no_wrap=True)
-    out.add_column("1993, TCP: library\n/kernel/server", justify="right", no_wrap=True)
-    out.add_column("1993, UDP: library\n/kernel/server", justify="right", no_wrap=True)
+        out.add_column(way["name"].replace(", ", "\n").replace(" ", "\n"), justify="right", no_wrap=True)
+    out.add_column("1993, TCP:\nlibrary/\nkernel/server", justify="right", no_wrap=True)
+    out.add_column("1993, UDP:\nlibrary/\nkernel/server", justify="right", no_wrap=True)
     for layer in layers["layers"]:
         cells = ["-" if way["us"].get(layer["key"]) is None else f"{way['us'][layer['key']]:.2f}" for way in ways]
         out.add_row(layer["name"], *cells, layer["tcp_1993"], layer["udp_1993"])
@@ -135,7 +140,7 @@ def layers_view(layers: Document) -> RenderableType:
         counts.add_column(what, justify="right")
     for name in dict.fromkeys(name for row in layers["counts"].values() for name in row):
         values = [row.get(name) for row in layers["counts"].values()]
-        counts.add_row(name, *("-" if value is None else f"{value:,}" for value in values))
+        counts.add_row(name, *(amount(value) for value in values))
     shown.append(counts)
     return Group(*shown)
 

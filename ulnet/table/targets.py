@@ -342,7 +342,8 @@ def _dropped(bed: Bed) -> Iterator[None]:
 
 def many_sessions(context: Context) -> Outcome:
     crowd = _crowd(context)
-    how = f"{crowd.sessions + HOLD_AT_ONCE} sessions: {number(crowd.us[0])} us against {number(crowd.us[1])} with {HOLD_AT_ONCE}"
+    many, few = (number(us) for us in crowd.us)
+    how = f"{crowd.sessions + HOLD_AT_ONCE} sessions: {many} us against {few} with {HOLD_AT_ONCE}"
     return Outcome(crowd.ratio, how, whole=crowd.sessions >= SESSIONS)
 
 

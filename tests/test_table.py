@@ -224,11 +224,25 @@ def test_the_kernels_part_is_divided() -> None:
 
 
 def test_allocations_are_counted() -> None:
+    mark = f"@ x + 0x1 {counts.MARK_BYTES:#x}"
+    log = [
+        "= Start",
+        "@ x + 0x5 0x10",
+        mark,
+        "@ x + 0x2 0x10",
+        "@ x - 0x2",
+        "@ x > 0x3 0x20",
+        mark,
+        "@ x + 0x1 0x9",
+        mark,
+        mark,
+    ]
+    assert counts.marked(log) == [2, 0]
     try:
-        found = counts.allocations("memory", "tcp", 50)
+        found = counts.allocations("memory")
     except OSError as error:
         pytest.skip(str(error))
-    assert found == 0
+    assert found == dict.fromkeys(counts.KINDS, 0)
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 
 from ulnet.table import lockstep
@@ -26,6 +26,8 @@ ROUNDS = 3
 RECEIVING = ("recvmsg", "recvfrom", "recvmmsg", "read", "readv", "poll", "ppoll", "select", "pselect6", "epoll_wait",
              "epoll_pwait")  # fmt: skip
 SENDING = ("sendmsg", "sendto", "sendmmsg", "write", "writev")
+KINDS = ("tcp", "udp", "copied", "lent")
+MARK_BYTES = 0x7A691  # an allocation of a size that nobody else makes
 MALLOC_DEBUG = "libc_malloc_debug.so.0"  # where glibc has mtrace since 2.34
 RUN_S = 100.0
 MIB = 1 << 20
@@ -88,25 +90,36 @@ def measure(link: str) -> Iterator[tuple[str, Counts]]:
 # -- from outside ----------------------------------------------------------------------------------
 
 
-def work(link: str, kind: str, count: int, switch: Callable[[bool], None] = lambda on: None) -> None:
-    """What is watched: ``count`` round trips ("tcp", "udp") or blocks ("copied", "lent"); ``switch`` around it."""
+def work(link: str, kind: str, count: int) -> None:
+    """What strace watches: ``count`` round trips of "tcp" or "udp"."""
     with opened(link) as pair:
         a, b = pair.udp() if kind == "udp" else pair.tcp()
         with a, b:
-            if kind in ("tcp", "udp"):
-                lockstep.round_trips(a, b, 1, 10)
-                switch(True)
-                lockstep.round_trips(a, b, 1, count)
-            else:
-                lockstep.warm(pair, a, b)
-                switch(True)
-                lockstep.blocks(pair, a, b, count, lend=kind == "lent")
-            switch(False)
+            lockstep.round_trips(a, b, 1, count)
 
 
-def _run(before: list[str], link: str, kind: str, count: int, **environment: str) -> None:
-    """``work`` in a process of its own; OSError with its last words."""
-    command = [*before, sys.executable, "-m", "ulnet.table.counts", link, kind, str(count)]
+def marked_work(link: str) -> None:
+    """What mtrace watches: for each of KINDS some messages or blocks and then twice as many, with marks around them."""
+    with opened(link) as pair, _mtrace() as mark:
+        for kind in KINDS:
+            a, b = pair.udp() if kind == "udp" else pair.tcp()
+            with a, b:
+                if kind in ("tcp", "udp"):
+                    lockstep.round_trips(a, b, 1, 10)
+                else:
+                    lockstep.warm(pair, a, b)
+                for times in (1, 2):
+                    mark()
+                    if kind in ("tcp", "udp"):
+                        lockstep.round_trips(a, b, 1, times * TRIPS)
+                    else:
+                        lockstep.blocks(pair, a, b, times * BLOCKS, lend=kind == "lent")
+                    mark()
+
+
+def _run(before: list[str], *what: str, **environment: str) -> None:
+    """``work`` or ``marked_work`` in a process of its own; OSError with its last words."""
+    command = [*before, sys.executable, "-m", "ulnet.table.counts", *what]
     run = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S, env=os.environ | environment)
     if run.returncode != 0:
         raise OSError((run.stderr.strip().splitlines() or ["no reason given"])[-1])
@@ -115,7 +128,7 @@ def _run(before: list[str], link: str, kind: str, count: int, **environment: str
 def strace(link: str, kind: str, count: int) -> dict[str, int]:
     """System calls of ``work`` by name, start and end of the process included."""
     with tempfile.NamedTemporaryFile("r", prefix="ulnet-counts-") as out:
-        _run(["strace", "-f", "-c", "-o", out.name], link, kind, count)
+        _run(["strace", "-f", "-c", "-o", out.name], link, kind, str(count))
         calls = {}
         for line in out:
             # % time, seconds, usecs/call, calls, [errors], name
@@ -143,36 +156,59 @@ def traced(link: str, proto: str) -> Counts:
     return {"send calls": per(sends, 2 * TRIPS), "receive calls": per(receives, 2 * TRIPS)}
 
 
-def allocations(link: str, kind: str, count: int) -> int | float:
-    """Calls of malloc and its like for each message or block. OSError where glibc cannot trace them.
+def allocations(link: str) -> dict[str, int | float]:
+    """For each of KINDS, calls of malloc and its like for each message or block. OSError where glibc cannot trace them.
 
     Python takes small objects from arenas of its own: those are not counted.
     """
-    without, having = _allocated(link, kind, count), _allocated(link, kind, 2 * count)
-    return per(max(0, having - without), count * 2 if kind in ("tcp", "udp") else count)
-
-
-def _allocated(link: str, kind: str, count: int) -> int:
     with tempfile.NamedTemporaryFile("r", prefix="ulnet-counts-") as out:
-        _run([], link, kind, count, LD_PRELOAD=MALLOC_DEBUG, MALLOC_TRACE=out.name)
-        # "@ caller + address size", "@ caller > address size" (realloc), "- address"
-        lines = [line.split() for line in out]
-    if not lines:
+        _run([], link, LD_PRELOAD=MALLOC_DEBUG, MALLOC_TRACE=out.name)
+        between = marked(out)
+    if len(between) != 2 * len(KINDS):
         raise OSError(f"glibc's mtrace(3) left no trace ({MALLOC_DEBUG} is part of glibc since 2.34)")
-    return sum("+" in words or ">" in words for words in lines)
+    found = {}
+    for number, kind in enumerate(KINDS):
+        once, twice = between[2 * number : 2 * number + 2]  # less what a mark itself costs
+        found[kind] = per(max(0, twice - once), 2 * TRIPS if kind in ("tcp", "udp") else BLOCKS)
+    return found
 
 
-def _mtrace(on: bool) -> None:
-    """Start or end glibc's trace, if it was asked for."""
-    if "MALLOC_TRACE" not in os.environ:
-        return
-    find = ctypes.CDLL(None).dlvsym
-    find.restype, find.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
-    for version in (b"GLIBC_2.2.5", b"GLIBC_2.17"):  # the preloaded one; libc's own of the same name does nothing
-        address = find(None, b"mtrace" if on else b"muntrace", version)
-        if address:
-            ctypes.CFUNCTYPE(None)(address)()
-            return
+def marked(lines: Iterable[str]) -> list[int]:
+    """Allocations between each mark and the next but one, of lines as mtrace(3) writes them."""
+    found: list[int] = []
+    inside = False
+    for line in lines:
+        # "@ caller + address size", "@ caller > address size" (realloc), "- address"
+        words = line.split()
+        if "+" not in words and ">" not in words:
+            continue
+        if int(words[-1], 16) == MARK_BYTES:
+            inside = not inside
+            if inside:
+                found.append(0)
+        elif inside:
+            found[-1] += 1
+    return found
+
+
+@contextmanager
+def _mtrace() -> Iterator[Callable[[], None]]:
+    """Glibc's trace, if it was asked for; gives what leaves a mark in it."""
+    dlvsym = ctypes.CDLL(None).dlvsym
+    dlvsym.restype, dlvsym.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+
+    def find(name: bytes) -> int | None:
+        # By version, as it finds the preloaded ones; without, libc's own come, of which mtrace does nothing.
+        return next((at for version in (b"GLIBC_2.2.5", b"GLIBC_2.17") if (at := dlvsym(None, name, version))), None)
+
+    mtrace, muntrace, malloc, free = (find(name) for name in (b"mtrace", b"muntrace", b"malloc", b"free"))
+    if mtrace is None or muntrace is None or malloc is None or free is None:
+        raise OSError("this C library has no mtrace(3)")
+    allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(malloc)
+    release = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(free)
+    ctypes.CFUNCTYPE(None)(mtrace)()
+    yield lambda: release(allocate(MARK_BYTES))
+    ctypes.CFUNCTYPE(None)(muntrace)()
 
 
 # -- for the table ---------------------------------------------------------------------------------
@@ -181,37 +217,37 @@ def _mtrace(on: bool) -> None:
 def overview(link: str, with_allocations: bool = True) -> tuple[dict[str, Counts], list[str]]:
     """Of a message and of a MiB: kernel crossings, copies, allocations; and what could not be counted."""
     rows: dict[str, Counts] = {}
+    allocated: dict[str, int | float] = {}
     notes: list[str] = []
-    kinds = {"a tcp message of 1 B": "tcp", "a udp message of 1 B": "udp", "copied by": "copied", "lent by": "lent"}
+    try:
+        allocated = allocations(link) if with_allocations else {}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        notes.append(f"Allocations are not counted: {error}.")
+    texts = {"a tcp message of 1 B": "tcp", "a udp message of 1 B": "udp", "copied by": "copied", "lent by": "lent"}
     for what, counts in measure(link):
-        kind = next((value for text, value in kinds.items() if text in what), None)
+        kind = next((value for text, value in texts.items() if text in what), None)
         if kind is None:
             continue
         message = kind in ("tcp", "udp")
         scale = 1.0 if message else MIB / lockstep.BLOCK
         name = f"{kind.upper()} message of 1 B" if message else f"1 MiB of TCP, {what.partition(', ')[2]}"
         calls = counts.get("send calls", 0) + counts.get("receive calls", 0) + counts["sleeps"] + counts["wake-ups"]
-        # By construction: send copies what is small, recv_into everything; bytes of 16 KiB and more are held.
-        program = 2 if message else MIB if kind == "copied" else 0
-        row: Counts = {
+        rows[name] = {
             "kernel crossings": round(calls * scale, 2),
             "send calls": round(counts.get("send calls", 0) * scale, 2),
             "receive calls": round(counts.get("receive calls", 0) * scale, 2),
             "sleeps and wake-ups": round((counts["sleeps"] + counts["wake-ups"]) * scale, 2),
-            "server messages": 0,
             "bytes copied, frame to heap": round(counts["bytes copied from frame to heap"] * scale, 1),
-            "bytes copied, from and to the program": program,
+            # By construction: send copies what is small, recv_into everything; bytes of 16 KiB and more are held.
+            "bytes copied, from and to the program": 2 if message else MIB if kind == "copied" else 0,
         }
-        rows[name] = row
-        if not with_allocations:
-            notes = ["Allocations are not counted: no time."]
-            continue
-        try:
-            row["allocations"] = round(allocations(link, kind, TRIPS if message else BLOCKS) * scale, 2)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            notes = [f"Allocations are not counted: {error}."]
+        if allocated:
+            rows[name]["allocations"] = round(allocated[kind] * scale, 2)
     return rows, notes
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], sys.argv[2], int(sys.argv[3]), _mtrace)
+    if len(sys.argv) == 2:
+        marked_work(sys.argv[1])
+    else:
+        work(sys.argv[1], sys.argv[2], int(sys.argv[3]))

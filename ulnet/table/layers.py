@@ -23,7 +23,7 @@ from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-unty
 from ulnet.kernelshim.channel import open_embedded
 from ulnet.kernelshim.testbed import Host
 from ulnet.stack import stamps
-from ulnet.table import counts, features
+from ulnet.table import counts, crossings, features
 from ulnet.table.bed import Bed, MeasureError
 from ulnet.table.measure import Budget
 
@@ -290,7 +290,9 @@ def measure(bed: Bed, budget: Budget, step: Callable[[str, float], None]) -> dic
         found["sum_us"] = sum(found["us"].values())
         found["us"] = split(found["us"], parts)
         ways.append({"name": name, "api": api, "proto": proto} | found)
-    step("counts", 0.75)
+    step("system calls and switches", 0.65)
+    live, uncounted = crossings.measure(bed, min(budget.trips, 500), trace=budget.least > 1)
+    step("counts", 0.8)
     counted, more = counts.overview("ipf", with_allocations=budget.least > 1)
     notes.append(
         "queue: in the ring, until noticed. wake-up: of the sleeping thread, and from the delivered data to the "
@@ -309,6 +311,7 @@ def measure(bed: Bed, budget: Budget, step: Callable[[str, float], None]) -> dic
         "all_1993": list(ALL_1993),
         "ways": ways,
         "kernel_parts_us": parts,
+        "crossings": live,
         "counts": counted,
-        "notes": notes + more,
+        "notes": notes + uncounted + more,
     }

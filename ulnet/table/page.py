@@ -82,11 +82,9 @@ def _layers(layers: Document) -> list[str]:
     old = [f"1993, {proto}: library/kernel/server" for proto in ("TCP", "UDP")]
     heads = ["layer", *(way["name"] for way in ways), *old]
     parts = [_grid("One way of a 1-byte message, by layer, in us", heads, rows)]
-    names = list(dict.fromkeys(name for row in layers["counts"].values() for name in row))
-    figures_of = [
-        [_escaped(name), *(report.amount(row.get(name)) for row in layers["counts"].values())] for name in names
-    ]
-    parts.append(_grid("Counted, exactly", ["", *layers["counts"]], figures_of))
+    for title, table in report.counted_tables(layers):
+        rows = [[_escaped(name), *(report.amount(value) for value in row.values())] for name, row in table.items()]
+        parts.append(_grid(title, ["", *next(iter(table.values()), {})], rows))
     return parts + [f"<p>{_escaped(note)}</p>" for note in layers["notes"]]
 
 

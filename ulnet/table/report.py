@@ -134,15 +134,25 @@ def layers_view(layers: Document) -> RenderableType:
     out.add_row("the same, stamps off", *(f"{way['plain_half_us']:.2f}" for way in ways), "", "")
     shown.append(out)
     shown += [Text(note) for note in layers["notes"]]
-    counts = Table(title="Counted, exactly", title_justify="left", pad_edge=False)
-    counts.add_column("", no_wrap=True)
-    for what in layers["counts"]:
-        counts.add_column(what, justify="right")
-    for name in dict.fromkeys(name for row in layers["counts"].values() for name in row):
-        values = [row.get(name) for row in layers["counts"].values()]
-        counts.add_row(name, *(amount(value) for value in values))
-    shown.append(counts)
+    for title, table in counted_tables(layers):
+        counts = Table(title=title, title_justify="left", pad_edge=False)
+        counts.add_column("", no_wrap=True)
+        for what in next(iter(table.values()), {}):
+            counts.add_column(what, justify="right")
+        for name, row in table.items():
+            counts.add_row(name, *(amount(value) for value in row.values()))
+        shown.append(counts)
     return Group(*shown)
+
+
+def counted_tables(layers: Document) -> list[tuple[str, dict[str, dict[str, float | None]]]]:
+    """Two tables: what happened while messages passed between two hosts, and what two stacks in one thread count."""
+    names = dict.fromkeys(name for row in layers["counts"].values() for name in row)
+    turned = {name: {what: row.get(name) for what, row in layers["counts"].items()} for name in names}
+    return [
+        ("A 1-byte message between two hosts: programs and servers of both ends together", layers["crossings"]),
+        ("Counted exactly, in the library", turned),
+    ]
 
 
 def machine_view(document: Document) -> RenderableType:

@@ -19,8 +19,8 @@ from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_i
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
-from ulnet.stack.stamps cimport STAMP_FRAME, STAMP_OUTPUT, stamp
 from ulnet.stack.statpage cimport stat_give
+from ulnet.stack.stamps cimport STAMP_FRAME, STAMP_OUTPUT, stamp
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
     tcp_state, tcp_timers, tcp_wants_output,

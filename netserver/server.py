@@ -31,6 +31,7 @@ from ulnet.netserver.records import Application
 from ulnet.netserver.resolver import Resolver
 from ulnet.netserver.sessions import SessionTable
 from ulnet.stack import protocol as p
+from ulnet.stack import stamps
 from ulnet.stack.engine import Engine
 from ulnet.stack.metastate import Metastate
 
@@ -153,6 +154,7 @@ class NetServer:
             timeout_s = min(timeout_s, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
         # Rounded up: a poll that ends just before a timer is due would turn once for nothing.
         ready = {fd for fd, _ in self._poll.poll(-(-timeout_s * 1e3 // 1))}
+        stamps.mark(stamps.WOKEN)
         if self._wake_r in ready:
             os.read(self._wake_r, 4096)
         self.engine.poll()

@@ -15,12 +15,14 @@ import struct
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from ipaddress import IPv4Address
 from typing import Any, NamedTuple
 
 from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped,unused-ignore]
 
 from ulnet.kernelshim.channel import open_embedded
+from ulnet.kernelshim.packet import PacketLink
 from ulnet.kernelshim.testbed import Host
 from ulnet.stack import stamps
 from ulnet.table import counts, crossings, features
@@ -93,13 +95,16 @@ def message(sender: Trail, receiver: Trail, start: int) -> dict[str, int] | None
     None when a stamp is missing or out of order (overwritten, or something else crossed the message's way).
     """
     end = receiver.first(stamps.RECV_RETURN, start)
-    marks = [start]
-    outputs = [t for t in (sender.first(p, start) for p in (stamps.TRANSPORT_OUT, stamps.OUTPUT)) if t is not None]
-    if end is None or not outputs:
+    ip_out = sender.first(stamps.IP_OUT, start)
+    if end is None or ip_out is None:
         return None
-    marks.append(min(outputs))
+    # The last one before IP: a server may have looked at the session just before, for the message that came.
+    passed = (sender.last(point, start, ip_out) for point in (stamps.TRANSPORT_OUT, stamps.OUTPUT))
+    transport_out = next((at for at in passed if at is not None), None)
+    if transport_out is None:
+        return None
+    marks = [ip_out]
     for trail, point in (
-        (sender, stamps.IP_OUT),
         (sender, stamps.LINK_OUT),
         (receiver, stamps.FRAME),
         (receiver, stamps.TRANSPORT_IN),
@@ -109,7 +114,7 @@ def message(sender: Trail, receiver: Trail, start: int) -> dict[str, int] | None
         if at is None or at > end:
             return None
         marks.append(at)
-    _, transport_out, ip_out, link_out, frame, transport_in, delivered = marks
+    _, link_out, frame, transport_in, delivered = marks
     sent = sender.first(stamps.LINK_SENT, link_out) or frame
     woken = receiver.last(stamps.WOKEN, link_out, frame)
     seen = frame if woken is None else woken
@@ -162,7 +167,8 @@ def analyse(a: Trail, b: Trail) -> tuple[dict[str, float], float, int, int]:
 # -- the kernel's part -----------------------------------------------------------------------------
 
 BATCH = 64  # fewer than a ring holds
-BATCHES = 20
+BATCHES = 5
+ROUNDS = 5
 _C, _D = "10.79.0.3", "10.79.0.4"
 
 
@@ -209,25 +215,29 @@ def kernel_parts(bed: Bed) -> dict[str, float]:
     c, d = bed.testbed.host("c"), bed.testbed.host("d")
     wire, _ = bed.testbed.wire(c, d)
     refused, taken = _arp(wire.mac, "10.79.0.99"), _arp(wire.mac, _D)
-    steps: dict[str, float] = {}
-    with contextlib.suppress(NetlinkError), _dummy(c) as nothing:
-        steps["link-out"] = _send_us(c, nothing, refused)
-    steps["receive" if steps else "link-out"] = _send_us(c, wire.name, refused)
-    with d:
-        link = open_embedded(d.interface.name, IPv4Address(_D))
-    try:
-        steps["filter"] = _send_us(c, wire.name, refused)
+    rounds: list[dict[str, float]] = []
+    for _ in range(ROUNDS):  # in turn, so that a slow moment hits all of them
+        steps: dict[str, float] = {}
+        with contextlib.suppress(NetlinkError), _dummy(c) as nothing:
+            steps["link-out"] = _send_us(c, nothing, refused)
+        steps["receive" if steps else "link-out"] = _send_us(c, wire.name, refused)
+        with d:
+            link = open_embedded(d.interface.name, IPv4Address(_D))
+        try:
+            steps["filter"] = _send_us(c, wire.name, refused)
+            steps["copy"] = _send_us(c, wire.name, taken, partial(_drain, link))
+        finally:
+            link.close()
+        rounds.append(steps)
+    least = {key: min(steps[key] for steps in rounds) for key in rounds[0]}
+    costs = [0.0, *least.values()]
+    return {key: max(0.0, cost - costs[at]) for at, (key, cost) in enumerate(least.items())}
 
-        def drain() -> None:
-            while (held := link.hold_frame()) is not None:
-                if held[0] is not None:
-                    link.release(held[0])
 
-        steps["copy"] = _send_us(c, wire.name, taken, drain)
-    finally:
-        link.close()
-    costs = [0.0, *steps.values()]
-    return {key: max(0.0, cost - costs[at]) for at, (key, cost) in enumerate(steps.items())}
+def _drain(link: PacketLink) -> None:
+    while (held := link.hold_frame()) is not None:
+        if held[0] is not None:
+            link.release(held[0])
 
 
 # -- together --------------------------------------------------------------------------------------
@@ -296,7 +306,7 @@ def measure(bed: Bed, budget: Budget, step: Callable[[str, float], None]) -> dic
     counted, more = counts.overview("ipf", with_allocations=budget.least > 1)
     notes.append(
         "queue: in the ring, until noticed. wake-up: of the sleeping thread, and from the delivered data to the "
-        "program's thread. Server placement: entry and exit include the hop between program and server."
+        "program's thread. Server placement: entry and exit hold the hop between program and server, with its wake-up."
     )
     notes.append(
         "Counted: two stacks in one thread, over packet sockets. Allocations: calls of malloc; Python's own arenas are "

@@ -22,7 +22,7 @@ from ulnet.table.bed import Bed, MeasureError
 from ulnet.table.ends import page_bytes
 from ulnet.table.measure import Budget, Table, bulk_bytes, paired_ratio, quartiles
 from ulnet.table.report import number
-from ulnet.table.rows import BLOCKING, BUFFER_IPF, COLUMN, IPF, SPINNING
+from ulnet.table.rows import BLOCKING, BUFFER_IPF, COLUMN, IPF, SERVER, SHM, SPINNING
 
 LEFT_OUT = "Not compared: lwIP and PyTCP, which this command does not bring along."
 REQUEST_CONNECTIONS, CHANNELS, SESSIONS = 1000, 2048, 10_000  # what the targets speak of
@@ -236,14 +236,12 @@ def connections(context: Context) -> Outcome:
 def placement(context: Context) -> Outcome:
     if not features.PLACEMENT:
         return Outcome(None, features.NO_PLACEMENT)
-    found = _turns(
-        context,
-        {
-            "library": _trips(context, IPF.api, "tcp", spin=True),
-            "server": _trips(context, "ulnet-ipf-server", "tcp", spin=True),
-        },
+    sides = {"library": IPF.api, "sleeping library": SHM.api, "server": SERVER.api}
+    found = _turns(context, {name: _trips(context, api, "tcp", spin=True) for name, api in sides.items()})
+    how = (
+        f"{_against(found['server'], found['library'], 'us')}, or {number(statistics.median(found['sleeping library']))} "
+        "where the library sleeps between packets, too; two more processes on the way (ulnet table --layers)"
     )
-    how = _against(found["server"], found["library"], "us") + "; two more processes on the way (ulnet table --layers)"
     return Outcome(paired_ratio(found["server"], found["library"]), how, _pairs(found["server"], found["library"]))
 
 

@@ -94,7 +94,10 @@ class Worker:
 
     def write(self, command: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command).encode() + b"\n")
+        try:
+            self.process.stdin.write(json.dumps(command).encode() + b"\n")
+        except BrokenPipeError:
+            raise MeasureError(f"a measuring process ended with status {self.process.wait()}") from None
 
     def read(self, limit_s: float = ANSWER_S) -> dict[str, Any]:
         """Its next answer; MeasureError with its reason, or when none comes."""
@@ -102,6 +105,7 @@ class Worker:
         deadline = time.monotonic() + limit_s
         while b"\n" not in self._rest:
             if not select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                self.process.kill()  # an answer that came later would be taken for another's
                 raise MeasureError(f"a measuring process did not answer within {limit_s:.0f} s")
             data = os.read(self.process.stdout.fileno(), 65536)
             if not data:

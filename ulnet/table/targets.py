@@ -20,7 +20,7 @@ from ulnet.stack import checksum
 from ulnet.table import features
 from ulnet.table.bed import Bed, MeasureError
 from ulnet.table.ends import page_bytes
-from ulnet.table.measure import Budget, Table, bulk_bytes, paired_ratio, quartiles
+from ulnet.table.measure import Budget, Table, bulk_bytes, paired_ratio, quartiles, twice
 from ulnet.table.report import number
 from ulnet.table.rows import BLOCKING, BUFFER_IPF, COLUMN, IPF, SERVER, SHM, SPINNING
 
@@ -63,7 +63,7 @@ def _turns(context: Context, sides: dict[str, Callable[[], float]], share: float
     start = time.monotonic()
     while True:
         for name, side in sides.items():
-            found[name].append(side())
+            found[name].append(twice(side))
         done = len(found[next(iter(sides))])
         spent = time.monotonic() - start
         if done >= rounds and spent + spent / done > context.budget.target_s * share:
@@ -238,9 +238,10 @@ def placement(context: Context) -> Outcome:
         return Outcome(None, features.NO_PLACEMENT)
     sides = {"library": IPF.api, "sleeping library": SHM.api, "server": SERVER.api}
     found = _turns(context, {name: _trips(context, api, "tcp", spin=True) for name, api in sides.items()})
+    sleeping = number(statistics.median(found["sleeping library"]))
     how = (
-        f"{_against(found['server'], found['library'], 'us')}, or {number(statistics.median(found['sleeping library']))} "
-        "where the library sleeps between packets, too; two more processes on the way (ulnet table --layers)"
+        f"{_against(found['server'], found['library'], 'us')}, or {sleeping} where the library sleeps between packets, "
+        "too; two more processes on the way (ulnet table --layers)"
     )
     return Outcome(paired_ratio(found["server"], found["library"]), how, _pairs(found["server"], found["library"]))
 

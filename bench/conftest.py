@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ulnet.demo import measure, run
-from ulnet.kernelshim.testbed import Testbed, can_testbed
+from ulnet.kernelshim.testbed import can_testbed
+from ulnet.table.bed import Bed
 
 
 class Measured:
@@ -33,9 +31,8 @@ class Measured:
 class Ends:
     """The measuring processes of two hosts. Kernel sockets and ulnet take turns within each round."""
 
-    def __init__(self, a: measure.Worker, b: measure.Worker) -> None:
-        self.a = a
-        self.b = b
+    def __init__(self, bed: Bed) -> None:
+        self.bed = bed
 
     def compare(
         self,
@@ -56,10 +53,10 @@ class Ends:
         ours: list[float] = []
 
         def kernel_turn() -> None:
-            kernel.append(measure.once(self.a, self.b, "kernel", command)[figure] * scale)
+            kernel.append(self.bed.once(command, "kernel")[figure] * scale)
 
         def our_turn() -> None:
-            ours.append(measure.once(self.a, self.b, api, command)[figure] * scale)
+            ours.append(self.bed.once(command, api)[figure] * scale)
             Measured.turn(ours[-1])
 
         benchmark.pedantic(our_turn, setup=kernel_turn, rounds=rounds)  # type: ignore[no-untyped-call]
@@ -79,21 +76,5 @@ def ends() -> Iterator[Ends]:
     reason = can_testbed()
     if reason is not None:
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="ulnet-bench-") as name, Testbed() as bed:
-        folder = Path(name)
-        folder.chmod(0o755)  # the measuring processes give root up and must reach the sockets
-        a, b = bed.host("bench_a"), bed.host("bench_b")
-        bed.wire(a, b, a_addr=f"{run.A_KERNEL}/24", b_addr=f"{run.B_KERNEL}/24")
-        paths = folder / "a.sock", folder / "b.sock"
-        servers = [run.start_server(a, run.A_USER, paths[0]), run.start_server(b, run.B_USER, paths[1])]
-        cpus = measure.cpu_plan()
-        workers = [
-            measure.Worker(a, str(paths[0]), {"kernel": run.A_KERNEL, "ulnet": run.A_USER}, cpus[0]),
-            measure.Worker(b, str(paths[1]), {"kernel": run.B_KERNEL, "ulnet": run.B_USER}, cpus[1]),
-        ]
-        yield Ends(*workers)
-        for worker in workers:
-            worker.close()
-        for server in servers:
-            server.terminate()
-            server.wait(10)
+    with Bed() as bed:
+        yield Ends(bed)

@@ -22,7 +22,7 @@ BULK_BYTES = 256 << 20
 def test_round_trip(benchmark: BenchmarkFixture, ends: Ends, interface: str, proto: str, size: int) -> None:
     benchmark.group = f"round trip {proto} {size} B"
     count = 2000 if interface == "ipf" else 500
-    command = {"op": "rtt", "proto": proto, "size": size, "count": count, "warm": 200, "spin": interface == "ipf"}
+    command = {"op": "rtt", "proto": proto, "sizes": [size], "count": count, "warm": 200, "spin": interface == "ipf"}
     ends.compare(benchmark, API[interface], command, "us", rounds=ROUNDS)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ulnet.demo import lockstep
 from ulnet.stack.sim import Sim
+from ulnet.table import lockstep
 
 MSS = 1448
 RUN_BYTES = 1 << 20

@@ -37,14 +37,14 @@ with a, b, socket.create_server(("", 7), host=b) as listener:
             got += sock.recv(65536)
         assert got == bytes(100_000) + b"end"
     thread.join()
-import ulnet.netserver.server, ulnet.demo.run
+import ulnet.netserver.server, ulnet.demo.run, ulnet.table.run
 print("dist: 100,003 bytes echoed between two embedded stacks")
 """
 
 
 def wanted(*suffixes: str) -> set[str]:
     """Files of the package in the repository, by their names in it."""
-    folders = ("ulnet", "ulnet/demo", "ulnet/kernelshim", "ulnet/ipc", "ulnet/stack", "ulnet/netserver")
+    folders = ("ulnet", "ulnet/demo", "ulnet/table", "ulnet/kernelshim", "ulnet/ipc", "ulnet/stack", "ulnet/netserver")
     return {str(path) for folder in folders for path in Path(folder).iterdir() if path.name.endswith(suffixes)}
 
 

@@ -27,7 +27,7 @@ from ulnet.stack.statpage import StatPage
 log = logging.getLogger("ulnet.netserver")
 
 VIOLATIONS_MAX: Final = 1000  # of one task; then it is put out
-APPLICATIONS_MAX: Final = 1024
+APPLICATIONS_MAX: Final = 4096
 APPLICATIONS_PER_USER: Final = 64  # a ring is 9 MB of the kernel's memory
 
 

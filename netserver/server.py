@@ -31,6 +31,7 @@ from ulnet.netserver.records import Application
 from ulnet.netserver.resolver import Resolver
 from ulnet.netserver.shared import SharedTable
 from ulnet.stack import protocol as p
+from ulnet.stack import stamps
 from ulnet.stack.engine import Engine
 from ulnet.stack.metastate import Metastate
 
@@ -160,6 +161,7 @@ class NetServer:
             timeout_s = min(timeout_s, relays_s)
         # Rounded up: a poll that ends just before a timer is due would turn once for nothing.
         ready = {fd for fd, _ in self._poll.poll(-(-timeout_s * 1e3 // 1))}
+        stamps.mark(stamps.WOKEN)
         if self._wake_r in ready:
             os.read(self._wake_r, 4096)
         table = self.calls.table

@@ -23,6 +23,7 @@ from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
 from ulnet.stack.session_shared cimport shared_ready, shared_wake
 from ulnet.stack.statpage cimport stat_give
+from ulnet.stack.stamps cimport STAMP_FRAME, STAMP_OUTPUT, stamp
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
     tcp_stat, tcp_state, tcp_timers, tcp_wants_output,
@@ -519,6 +520,7 @@ cdef void settle_tcp(engine *e, ul_session *s) noexcept nogil:
     cdef int state
     cdef int error
     if tcp_wants_output(s.tcp):
+        stamp(STAMP_OUTPUT)
         tcp_output(&e.env, s.tcp)
     state = tcp_state(s.tcp)
     if s.phase != PHASE_OPEN and state != TCP_SYN_SENT and state != TCP_SYN_RECEIVED:
@@ -579,6 +581,7 @@ cdef int engine_drain(engine *e, int budget) noexcept nogil:
     cdef ul_rx frame
     cdef int done = 0
     while done < budget and e.link.recv(e.link.ctx, &frame):
+        stamp(STAMP_FRAME)
         if done == 0:
             engine_tick(e)
         done += 1

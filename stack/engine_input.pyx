@@ -17,6 +17,7 @@ from ulnet.stack.engine_core cimport (
 from ulnet.stack.engine_output cimport emit_echo_reply, emit_icmp_unreachable, emit_refusal
 from ulnet.stack.ip_reass cimport ip_reass_input
 from ulnet.stack.neighbour cimport neigh_input
+from ulnet.stack.stamps cimport STAMP_DELIVERED, STAMP_TRANSPORT_IN, stamp
 from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, TCP_SYN, tcp_icmp, tcp_input, tcp_isn, tcp_out, tcp_passive, tcp_refuse, tcp_reusable, tcp_seg
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_equal, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_icmp, udp_input
@@ -99,6 +100,7 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
     cdef ul_session *s
     cdef uint32_t iss_least = 0
     cdef int rc
+    stamp(STAMP_TRANSPORT_IN)
     memset(&flow, 0, sizeof(flow))
     rc = tcp_parse(ip, verify, &seg, &flow.rport, &flow.lport)
     if rc < 0:
@@ -123,6 +125,7 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
                 return False
             tcp_input(&e.env, s.tcp, &seg)
             session_touch(e, s)
+            stamp(STAMP_DELIVERED)
             return seg.held
         if s.role == ROLE_FOREIGN:
             stray_add(e, frame)
@@ -185,7 +188,9 @@ cdef bint udp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
     cdef flow_key flow
     cdef ul_session *s
     cdef bint held = False
-    cdef int rc = udp_parse(ip, verify, &pkt)
+    cdef int rc
+    stamp(STAMP_TRANSPORT_IN)
+    rc = udp_parse(ip, verify, &pkt)
     if rc < 0:
         e.n.bad_udp += 1
         if rc == WIRE_CHECKSUM:
@@ -209,6 +214,7 @@ cdef bint udp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
             s.udp.in_stamp_ns = time_of_day()
         udp_input(&e.bufs, s.udp, &pkt, &ip.src, frame, &held)
         session_touch(e, s)
+        stamp(STAMP_DELIVERED)
         return held and holdable
     if s != NULL and s.role == ROLE_FOREIGN:
         stray_add(e, frame)

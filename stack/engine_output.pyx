@@ -16,6 +16,7 @@ from ulnet.stack.engine_wait cimport engine_kick, helper_wake
 from ulnet.stack.ip_reass cimport ip_reass_expired
 from ulnet.stack.metastate cimport meta_generation, meta_resolve
 from ulnet.stack.neighbour cimport neigh_ask, neigh_deadline
+from ulnet.stack.stamps cimport STAMP_IP_OUT, STAMP_LINK_OUT, STAMP_LINK_SENT, STAMP_TRANSPORT_OUT, stamp
 from ulnet.stack.tcp cimport TCP_OUT_IOV, TCP_RST, tcp_out
 from ulnet.stack.types cimport UL_IPPROTO_ICMP, UL_IPPROTO_TCP, UL_IPPROTO_UDP, addr_equal, flow_key, ul_addr
 from ulnet.stack.wire cimport (
@@ -67,7 +68,10 @@ cdef int session_route(engine *e, ul_session *s, const ul_addr *dst) noexcept no
 
 
 cdef int send_frame(engine *e, ul_tx *tx) noexcept nogil:
-    cdef int rc = e.link.send(e.link.ctx, tx)
+    cdef int rc
+    stamp(STAMP_LINK_OUT)
+    rc = e.link.send(e.link.ctx, tx)
+    stamp(STAMP_LINK_SENT)
     if rc < 0:
         e.n.link_refused += 1
     else:
@@ -79,7 +83,9 @@ cdef int send_frame(engine *e, ul_tx *tx) noexcept nogil:
 cdef int emit_tcp(void *ctx, void *owner, const tcp_out *out) noexcept nogil:
     cdef engine *e = <engine *>ctx
     cdef ul_session *s = <ul_session *>owner
-    cdef int rc = session_route(e, s, &s.flow.raddr)
+    cdef int rc
+    stamp(STAMP_IP_OUT)
+    rc = session_route(e, s, &s.flow.raddr)
     if rc < 0:
         return rc                          # -EAGAIN: ARP asks; else nobody answers there, or no route
     return send_tcp(e, &s.flow, s.mac, out, s.ttl, s.tos)
@@ -225,6 +231,7 @@ cdef int emit_udp(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, 
     cdef int rc
     if n > UDP_MAX_PAYLOAD:
         return -EMSGSIZE
+    stamp(STAMP_TRANSPORT_OUT)
     rc = session_route(e, s, dst)
     if rc < 0:
         return rc
@@ -238,6 +245,7 @@ cdef int emit_udp(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, 
     flow.raddr = dst[0]
     flow.rport = dport
     udp_emit(head + ETH_HEADER_BYTES + IPV4_HEADER_BYTES, &flow, data, n, partial)
+    stamp(STAMP_IP_OUT)
     rc = send_ip(e, s.mac, dst, UL_IPPROTO_UDP, head, UDP_HEADER_BYTES, data, n, s.ttl, s.tos, partial, 6, mtu)
     if rc == 0:
         s.udp.datagrams_out += 1

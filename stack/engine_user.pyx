@@ -16,6 +16,7 @@ from ulnet.stack.engine_core cimport (
 )
 from ulnet.stack.engine_output cimport emit_udp, emit_udp_train, udp_mtu
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
+from ulnet.stack.stamps cimport STAMP_READY, STAMP_TRANSPORT_OUT, stamp
 from ulnet.stack.tcp cimport (
     tcp_read, tcp_read_seg, tcp_shutdown, tcp_state, tcp_wants_output, tcp_write, tcp_write_hold, tcp_write_seg,
 )
@@ -86,13 +87,16 @@ cdef int dead_answer(ul_session *s, bint reading) noexcept nogil:
 
 cdef int pause_for(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, bint *looked) noexcept nogil:
     """Nothing there yet: 0 look again, else the answer. Who does not wait at least looks at the link once."""
+    cdef int rc
     if deadline_ns == 0:
         if looked[0]:
             return -EAGAIN
         looked[0] = True
         engine_poll(e, BURST)
         return 0
-    return engine_wait(e, s, want, deadline_ns)
+    rc = engine_wait(e, s, want, deadline_ns)
+    stamp(STAMP_READY)
+    return rc
 
 
 cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int flags, int64_t deadline_ns,
@@ -246,6 +250,7 @@ cdef Py_ssize_t user_send(engine *e, ul_session *s, const uint8_t *data, size_t 
     cdef Py_ssize_t got
     cdef bint looked = False
     enter(e, s)
+    stamp(STAMP_TRANSPORT_OUT)
     while True:
         if s.role == ROLE_TCP and not s.closing:
             if n == 0:

@@ -26,6 +26,7 @@ from ulnet.stack.engine_core cimport (
     engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, pthread_t, session_ready, session_ref, session_unref,
     ul_session, wait_side, waiter,
 )
+from ulnet.stack.stamps cimport STAMP_WOKEN, stamp
 from ulnet.stack.types cimport UL_ERROR, UL_HUP
 
 cdef extern from *:
@@ -237,6 +238,7 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns, wait_side *side
     e.n.polls += 1
     pthread_mutex_unlock(&e.lock)
     rc = ppoll(fds, 3, timeout, NULL)
+    stamp(STAMP_WOKEN)
     rc = -EINTR if rc < 0 and errno == EINTR else WAIT_SIDE if fds[2].revents else 0
     if fds[0].revents:
         read(wake_fd, &junk, 8)

@@ -18,6 +18,7 @@ from ulnet.kernelshim.link cimport iovec
 from ulnet.stack.buf cimport rxseg, rxseg_free, txchunk_new, txq_append_chunk, txq_append_copy
 from ulnet.stack.engine_core cimport EVENT_RELAY, ROLE_TCP, ROLE_UDP, event_add, session_touch
 from ulnet.stack.engine_output cimport emit_udp
+from ulnet.stack.stamps cimport STAMP_RELAYED, STAMP_TRANSPORT_OUT, stamp
 from ulnet.stack.tcp cimport tcp_shutdown, tcp_took
 from ulnet.stack.tcp_cb cimport TCP_CLOSE_WAIT, TCP_CLOSED, TCP_ESTABLISHED, TF_EOF, TF_OUTPUT, tcp_pcb
 from ulnet.stack.types cimport addr_is_zero, ul_addr
@@ -171,6 +172,7 @@ cdef int stream_down(engine *e, relay *r) noexcept nogil:
             if errno != EINTR and refused(r):
                 return RELAY_IDLE
             continue
+        stamp(STAMP_RELAYED)
         tcp_took(&e.env, s.tcp, <size_t>got)
         session_touch(e, s)                # the window may have opened
         r.down_bytes += <uint64_t>got
@@ -201,6 +203,7 @@ cdef ssize_t read_block(engine *e, relay *r, txchunk **spare, size_t n) noexcept
     got = c_recv(r.fd, <void *>spare[0].data, n, MSG_DONTWAIT)
     if got <= 0:
         return got if got == 0 else -errno
+    stamp(STAMP_TRANSPORT_OUT)
     if not session_takes(pcb):
         r.dropped += <uint64_t>got         # our direction is shut: nobody will hear it
         return got
@@ -327,6 +330,7 @@ cdef int datagrams_down(engine *e, relay *r) noexcept nogil:
                 continue
             r.dropped += seg.len_bytes
         else:
+            stamp(STAMP_RELAYED)
             r.down_datagrams += 1
             r.down_bytes += seg.len_bytes
         rxseg_free(&e.bufs, udp_read_seg(&e.bufs, s.udp))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ulnet.demo import lockstep
+from ulnet.table import lockstep
 
 ROOT = Path(__file__).resolve().parent.parent
 

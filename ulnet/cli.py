@@ -1,4 +1,4 @@
-"""The command line: ``ulnet run``, ``ulnet netserver``, ``ulnet sessions``, ``ulnet counters``, ``ulnet demo``.
+"""The command line: ``ulnet run``, ``netserver``, ``sessions``, ``counters``, ``table`` and ``demo``.
 
 Every mistake gives one line on stderr, ``ulnet COMMAND: ...``, and exit status 1 (2: wrong usage).
 """
@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     counters.set_defaults(run=_counters)
     demo = commands.add_parser("demo", help="the main job on real traffic, on two test hosts made for it")
     demo.set_defaults(run=_demo)
+    table = commands.add_parser("table", help="the experiment of 1993 on this machine, on two test hosts made for it")
+    table.add_argument("--quick", action="store_true", help="less than a minute instead of less than ten")
+    what = table.add_mutually_exclusive_group()
+    what.add_argument("--targets", action="store_true", help="only the table of targets")
+    what.add_argument("--layers", action="store_true", help="where the time of a message goes, and what it costs")
+    table.add_argument("--json", metavar="FILE", help="store everything measured, for programs")
+    table.add_argument("--html", metavar="FILE", help="store a page with the tables and plots")
+    table.set_defaults(run=_table)
     for command in (serve, sessions, counters):
         command.add_argument(
             "--socket",
@@ -102,6 +110,24 @@ def _demo(arguments: argparse.Namespace) -> int:
     from ulnet.demo.run import main as run_demo
 
     return run_demo()
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from ulnet.table import run as table
+    from ulnet.table.bed import MeasureError
+
+    try:
+        return table.main(
+            quick=arguments.quick,
+            only_targets=arguments.targets,
+            layers=arguments.layers,
+            json_path=arguments.json,
+            html_path=arguments.html,
+        )
+    except MeasureError as error:
+        return _fail("table", error)
+    except OSError as error:
+        return _fail("table", error.strerror or error)
 
 
 # -- sessions, counters ----------------------------------------------------------------------------

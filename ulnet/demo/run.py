@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ulnet.demo import measure
 from ulnet.kernelshim.testbed import Host, Testbed, can_testbed, ensure_privilege
+from ulnet.table import bed as measuring
+from ulnet.table.measure import Budget, Table
+from ulnet.table.report import demo_view
+from ulnet.table.rows import BLOCKING, COLUMN, IPF, SPINNING
 
-A_KERNEL, A_USER = "10.77.0.1", "10.77.0.10"
-B_KERNEL, B_USER = "10.77.0.2", "10.77.0.20"
+A_KERNEL, A_USER = measuring.KERNEL["a"], measuring.USER["a"]
+B_KERNEL, B_USER = measuring.KERNEL["b"], measuring.USER["b"]
 FILE_BYTES = 64 << 20
 PAUSE_BYTES = 8 << 20
-ROUNDS = 3
+MEASURE_S = 5.0
 console = Console()
 
 
@@ -74,21 +77,10 @@ class Application:
         return answer
 
 
-def start_server(host: Host, address: str, path: Path) -> subprocess.Popen[str]:
-    """Run ``ulnet netserver`` on the host and wait for its ready line."""
-    process: subprocess.Popen[str] = host.popen(
-        [
-            sys.executable,
-            *("-m", "ulnet", "netserver", "--interface", host.interface.name),
-            *("--address", f"{address}/24", "--socket", str(path), "--log-level", "warning"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    expect("serving" in line, "the network server did not start; its error is above")
-    found(line.strip())
+def start_server(host: Host, address: str, path: Path) -> measuring.Server:
+    """Run ``ulnet netserver`` on the host and say that it is ready."""
+    process = measuring.start_server(host, address, path)
+    found(process.ready)
     return process
 
 
@@ -158,7 +150,7 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
-def show_download(app: Application, server: subprocess.Popen[str], host_b: Host, root: Path, digest: str) -> None:
+def show_download(app: Application, server: measuring.Server, host_b: Host, root: Path, digest: str) -> None:
     with stock_http_server(host_b, root) as port:
         app.write(
             json.dumps({"do": "download", "host": B_KERNEL, "port": port, "path": "/file", "pause_at": PAUSE_BYTES})
@@ -239,26 +231,15 @@ def show_death(app: Application, path: Path, host_b: Host) -> None:
 
 
 def show_comparison(bed: Testbed, paths: dict[str, Path]) -> None:
-    a, b = bed.hosts["a"], bed.hosts["b"]
-    cpus = measure.cpu_plan()
-    ends = [
-        measure.Worker(a, str(paths["a"]), {"kernel": A_KERNEL, "ulnet": A_USER}, cpus[0]),
-        measure.Worker(b, str(paths["b"]), {"kernel": B_KERNEL, "ulnet": B_USER}, cpus[1]),
-    ]
-    rows = measure.tests()
-    with Progress(
-        TextColumn("   measuring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=len(rows) * ROUNDS * 2)
-        measure.compare(ends[0], ends[1], rows, ROUNDS, lambda: bar.advance(task))
-    for end in ends:
-        end.close()
-    console.print(measure.table(rows))
+    table = Table((BLOCKING, SPINNING, IPF), tuple(COLUMN[key] for key in ("tcp1", "udp1", "bulk")))
+    budget = Budget(table_s=MEASURE_S, target_s=0.0, cell_s=0.03, bulk_s=0.15, passes=5, least=3)
+    with (
+        measuring.Pair(bed.hosts["a"], bed.hosts["b"], paths) as ends,
+        Progress(TextColumn("   measuring"), BarColumn(), TimeElapsedColumn(), console=console, transient=True) as bar,
+    ):
+        task = bar.add_task("", total=1.0)
+        table.measure(ends, budget, lambda share: bar.update(task, completed=share))
+    console.print(demo_view(table.document()))
 
 
 def run_two_hosts() -> None:
@@ -291,9 +272,9 @@ def run_two_hosts() -> None:
         step(5, "Both ends alike, kernel sockets and ulnet in turn (filters and outgoing guard on).")
         other = start_server(b, B_USER, paths["b"])
         show_comparison(bed, paths)
-        for process in (server, other):
-            process.terminate()
-            expect(process.wait(10) == 0, f"a network server ended with status {process.returncode}")
+        for one in (server, other):
+            status = one.stop()
+            expect(status == 0, f"a network server ended with status {status}")
 
 
 def run_embedded(reason: str) -> None:
@@ -325,7 +306,7 @@ def main() -> int:
             run_two_hosts()
         else:
             run_embedded(reason)
-    except (DemoError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (DemoError, measuring.MeasureError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         console.print(f"demo: FAILED: {error}", style="bold red", highlight=False, soft_wrap=True)
         return 1
     console.print("demo: ok", highlight=False, soft_wrap=True)

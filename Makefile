@@ -1,6 +1,7 @@
 # Each target builds what it needs: a virtual environment in .venv with the package in it, compiled in place.
 #   make demo    the main job on real traffic, on two test hosts made for it
 #   make test    the tests
+#   make programs  real programs by `ulnet run`, each compared with itself on kernel sockets
 #   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
 #   make counts  exact counts of system calls, frames and copies on the hot path
 #   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
@@ -10,12 +11,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml Makefile
 
-.PHONY: demo test bench history counts lint dist clean
+.PHONY: demo test programs bench history counts lint dist clean
 demo: .stamp-build
 	@$(BIN)/python -m ulnet demo
 
 test: .stamp-build
 	$(BIN)/python -m pytest -q tests
+
+programs: .stamp-build
+	$(BIN)/python -m pytest -v --no-header --tb=short --durations=0 --durations-min=0.1 tests/programs
 
 bench: .stamp-build
 	$(BIN)/python -m pytest -q bench --benchmark-autosave

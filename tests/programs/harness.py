@@ -89,7 +89,12 @@ class World:
         }
         with open(cwd / f"{output}.out", "wb") as out, open(cwd / f"{output}.err", "wb") as err:
             process = host.popen(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd, env=os.environ | more | (env or {})
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=cwd,
+                env={**os.environ, **more, **(env or {})},
             )
         self.running.append(process)
         return process

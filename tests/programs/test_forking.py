@@ -64,6 +64,7 @@ PROGRAMS = (
         ready=("Application startup complete", 2),
         peer=peers.site_of(2),
         stop=signal.SIGTERM,
+        scrub=((r"(?m)^.*GET /pid.*\n", ""),),  # as many as it took to see both workers
     ),
     Program(
         "ForkingTCPServer",

@@ -13,6 +13,7 @@ import multiprocessing.connection
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 WORKERS = 4
 
@@ -48,7 +49,7 @@ def receive_files(given: multiprocessing.connection.Connection, root: str) -> No
 
 
 def send(host: str, port: str, root: str, method: str) -> int:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     names = sorted(str(path.relative_to(root)) for path in Path(root).rglob("*") if path.is_file())
     address = (host, int(port))
     workers = []
@@ -63,7 +64,7 @@ def send(host: str, port: str, root: str, method: str) -> int:
 
 
 def receive(port: str, root: str, method: str) -> int:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     workers = []
     with socket.create_server(("", int(port))) as listener:
         print("ready", flush=True)
@@ -87,4 +88,4 @@ def join(workers: list[multiprocessing.process.BaseProcess]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"send": send, "receive": receive}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit(send(*sys.argv[2:]) if sys.argv[1] == "send" else receive(*sys.argv[2:]))

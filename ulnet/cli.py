@@ -1,4 +1,4 @@
-"""The command line: ``ulnet netserver``, ``ulnet sessions``, ``ulnet counters``, ``ulnet demo``.
+"""The command line: ``ulnet run``, ``ulnet netserver``, ``ulnet sessions``, ``ulnet counters``, ``ulnet demo``.
 
 Every mistake gives one line on stderr, ``ulnet COMMAND: ...``, and exit status 1 (2: wrong usage).
 """
@@ -18,7 +18,12 @@ from ulnet.stack import protocol
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["run"]:  # the rest belongs to a program, its exceptions too
+        from ulnet.run import main as run_program
+
+        return run_program(words[1:])
+    arguments = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return command(arguments)
@@ -34,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ulnet {ulnet.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    commands.add_parser("run", help="run a Python program, its libraries and children on ulnet's sockets")
     serve = commands.add_parser("netserver", help="serve an address of its own on an interface, in the foreground")
     serve.add_argument("--interface", required=True, metavar="IF", help="network interface, as in: eth0")
     serve.add_argument("--address", required=True, metavar="A/LEN", help="the address to serve, as in: 10.0.0.7/24")

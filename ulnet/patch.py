@@ -1,0 +1,165 @@
+"""``import ulnet.patch``: this whole program, its libraries and its Python children included, runs on ulnet's sockets.
+
+The standard ``socket``, ``ssl``, ``select`` and ``selectors`` modules get ulnet's names in place of their own; a program
+that has imported *names* from them before (``from socket import socket``) keeps those, so import this first, or use
+``ulnet run``. Children started later by this process with its environment are patched too (ulnet/children).
+``undo()`` gives the standard modules their names back; sockets that exist stay what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import select
+import selectors
+import socket
+import ssl  # before anything is replaced: ssl.SSLSocket stays derived from the kernel's class
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from ulnet.stack import dispatch, proxy, resolve, tls  # noqa: F401 (proxy: it must know the true modules)
+from ulnet.stack import socket as _ulnet
+
+VARIABLE: Final = "ULNET_PATCH"  # names the interpreter whose children are patched
+CHILDREN: Final = str(Path(__file__).resolve().parent / "children")
+
+_std_close = socket.close
+_std_dup = socket.dup
+_std_fromfd = socket.fromfd
+_std_sendfile = os.sendfile
+_std_setdefaulttimeout = socket.setdefaulttimeout
+
+_undo: list[Callable[[], object]] = []
+
+
+def is_installed() -> bool:
+    """The standard modules have ulnet's names now."""
+    return bool(_undo)
+
+
+def install(*, children: bool = True) -> None:
+    """Patch the standard modules, and the Python children started from here on. Does nothing the second time."""
+    if _undo:
+        return
+    _set_aside((socket, ssl, select, selectors))
+    for name, value in _socket_names().items():
+        _replace(socket, name, value)
+    _replace(ssl.SSLContext, "sslsocket_class", tls.Choice)
+    _replace(os, "sendfile", _sendfile)
+    for module in (select, selectors):
+        _take_names(module)
+    if children:
+        _reach_children()
+
+
+def undo() -> None:
+    """Give the standard modules their own names back."""
+    while _undo:
+        _undo.pop()()
+
+
+def _replace(target: Any, name: str, value: Any) -> None:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    _undo.append(lambda: setattr(target, name, before))
+
+
+def _set_aside(modules: tuple[ModuleType, ...]) -> None:
+    """ulnet's own modules go on with the standard modules as they are now, but for the look-up of names."""
+    for module in modules:
+        copy = ModuleType(module.__name__, module.__doc__)
+        vars(copy).update(vars(module))
+        if module is socket:
+            vars(copy).update({name: getattr(resolve, name) for name in resolve.__all__})
+        for name, own in list(sys.modules.items()):
+            if name.startswith("ulnet.") and own is not None and name != __name__ and own is not resolve:
+                for key, value in list(vars(own).items()):
+                    if value is module:
+                        setattr(own, key, copy)
+                        _undo.append(lambda own=own, key=key, value=value: setattr(own, key, value))
+
+
+def _socket_names() -> dict[str, Any]:
+    names: dict[str, Any] = {name: getattr(resolve, name) for name in resolve.__all__}
+    return names | {
+        "socket": dispatch.socket,
+        "SocketType": dispatch.socket,
+        "close": _close,
+        "dup": _dup,
+        "fromfd": _fromfd,
+        "setdefaulttimeout": _setdefaulttimeout,
+        "has_ipv6": False,
+        "has_dualstack_ipv6": _ulnet.has_dualstack_ipv6,
+    }
+
+
+def _take_names(module: ModuleType) -> None:
+    """What ulnet.stack has of a module's names."""
+    try:
+        ours = importlib.import_module(f"ulnet.stack.{module.__name__}")
+    except ModuleNotFoundError:
+        return  # its descriptors tell the standard ones the truth
+    for name in getattr(ours, "__all__", ()):
+        if hasattr(module, name) and getattr(ours, name) is not getattr(module, name):
+            _replace(module, name, getattr(ours, name))
+
+
+# -- functions of the socket module that take descriptors ------------------------------------------
+
+
+def _close(fd: int, /) -> None:
+    _ulnet.close(fd)
+
+
+def _dup(fd: int, /) -> int:
+    return _ulnet.dup(fd) if dispatch.descriptor_is_private(fd) else _std_dup(fd)
+
+
+def _fromfd(fd: int, family: int, type: int, proto: int = 0) -> Any:
+    """As socket.fromfd(), for a descriptor of either kind."""
+    if dispatch.runs_here(family, type, proto) and dispatch.is_unix(fd):
+        return dispatch.adopt(_ulnet.fromfd(fd, family, type, proto), dispatch.socket)
+    return _std_fromfd(fd, family, type, proto)
+
+
+def _setdefaulttimeout(value: float | None, /) -> None:
+    _std_setdefaulttimeout(value)
+    _ulnet.setdefaulttimeout(value)
+
+
+def _sendfile(out_fd: int, in_fd: int, offset: int | None, count: int, *more: Any, **options: Any) -> int:
+    # asyncio falls back to reading and sending when it is refused.
+    if dispatch.descriptor_is_private(out_fd):
+        raise OSError(22, "os.sendfile() does not reach a socket of ulnet: use socket.sendfile()")
+    return _std_sendfile(out_fd, in_fd, offset, count, *more, **options)
+
+
+# -- children --------------------------------------------------------------------------------------
+
+
+def _reach_children() -> None:
+    _environ(VARIABLE, sys.implementation.cache_tag or sys.implementation.name)
+    before = os.environ.get("PYTHONPATH")
+    if before is None or CHILDREN not in before.split(os.pathsep):
+        _environ("PYTHONPATH", CHILDREN if not before else CHILDREN + os.pathsep + before)
+
+
+def _environ(name: str, value: str) -> None:
+    before = os.environ.get(name)
+    os.environ[name] = value
+
+    def back() -> None:
+        if before is not None:
+            os.environ[name] = before
+        else:
+            with contextlib.suppress(KeyError):
+                del os.environ[name]
+
+    _undo.append(back)
+
+
+install()

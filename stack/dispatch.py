@@ -2,7 +2,7 @@
 
 TCP and UDP over IPv4 run on this stack; every other family, type and protocol is the kernel's. 127.0.0.0/8 is the
 kernel's too, in the namespace of the program: a socket that binds or connects there first becomes *held*: it keeps its
-identity and hands each call to a kernel socket inside it. So does a subclass's instance of a family that is the kernel's.
+identity and hands each call to a kernel socket inside it. So does a subclass's instance of another family.
 
 Import this module before the standard one is patched: it keeps the kernel's class.
 """
@@ -13,7 +13,7 @@ import errno
 import fcntl
 import socket as _std
 from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from ulnet.stack import socket as _ulnet
@@ -264,7 +264,7 @@ class Held(socket):
     def timeout(self) -> float | None:
         return self._kernel.gettimeout()
 
-    def recv_buffer(self, max_bytes: int = 65536, /) -> object:
+    def recv_buffer(self, max_bytes: int = 65536, /) -> NoReturn:
         raise OSError(errno.EOPNOTSUPP, "recv_buffer() needs a socket of ulnet; this one is the kernel's (127.0.0.0/8)")
 
 
@@ -298,5 +298,6 @@ def _holding(cls: type) -> type:
     twin = _twins.get(cls)
     if twin is None:
         body = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        twin = _twins[cls] = cast(type, type(cls)(cls.__name__, (cls, Held), body))
+        make: Any = type(cls)
+        twin = _twins[cls] = make(cls.__name__, (cls, Held), body)
     return twin

@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args, get_origin, get_type_hints
 
 SERVICE: Final = "ulnet.netserver"  # the bootstrap name the server checks in
-VERSION: Final = 1
+VERSION: Final = 2
 DEFAULT_PATH: Final = "/run/ulnet/netserver.sock"
 PATH_VARIABLE: Final = "ULNET_SERVER"
 REPLY_OFFSET: Final = 100  # MIG: a reply's id is the request's plus 100
@@ -49,6 +49,17 @@ class Call(IntEnum):
     SESSIONS = _base + 9  # (+)
     COUNTERS = _base + 10  # (+)
     STRAY = _base + 11  # frames of a flow that was returned a moment ago
+    # Sessions placed in the server, to be reached by several processes (fork, exec, passing):
+    SHARE = _base + 12  # a session comes to be shared, with its state and its descriptor pair
+    REQUEUE = _base + 13  # a connection that was delivered goes back into the queue of its shared listener
+    FORK = _base + 14  # (+) a child is about to be made: it will hold what this task shares
+    HOLD = _base + 15  # (+) whose descriptor is this? The task holds that session from now on
+    RELEASE = _base + 16  # this task holds the session no more
+    PROMOTE = _base + 17  # (+) the only holder wants it back: its state and the manager's end of the pair
+    CLAIM = _base + 18  # (+) a connection that a shared listener announced: its state
+    PUBLISH = _base + 19  # (+) may the session be promoted? A descriptor is on its way to somebody
+    STATUS = _base + 20  # (+) names, state and pending error of a shared session
+    OPTION = _base + 21  # (+) an option of a shared session
 
 
 class Upcall(IntEnum):
@@ -161,6 +172,7 @@ class Attach(Record):
 
     version: U32
     interface: U8
+    heir: U64 = 0  # a forked child's: as the parent was told by FORK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +223,58 @@ class Accepted(Record):
 @dataclasses.dataclass(frozen=True)
 class Resolve(Record):
     address: Address
+
+
+@dataclasses.dataclass(frozen=True)
+class Share(Record):
+    """Descriptors: the user's end of the pair, the manager's end. Out of line: the state; nothing for a listener or a
+    session that only has a name."""
+
+    session: U64
+
+
+@dataclasses.dataclass(frozen=True)
+class Requeue(Record):
+    """Out of line: the state."""
+
+    listener: U64
+    session: U64
+
+
+@dataclasses.dataclass(frozen=True)
+class Release(Record):
+    """``abort``: should this have been the last holder, reset the peer (SO_LINGER with zero seconds)."""
+
+    session: U64
+    abort: Flag = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(Record):
+    """PROMOTE, CLAIM, STATUS: the session that is meant."""
+
+    session: U64
+
+
+@dataclasses.dataclass(frozen=True)
+class Publish(Record):
+    """``public``: never promoted, for nobody can tell who has its descriptor. ``transit``: so many descriptors are on
+    their way to processes that will HOLD it; it is not promoted before."""
+
+    session: U64
+    public: Flag
+    transit: U32 = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Option(Record):
+    """``change``: set it to ``value``; else ask."""
+
+    session: U64
+    level: I32
+    name: I32
+    value: I32
+    change: Flag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +350,42 @@ class Refused(Record):
     reason: Text = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Forked(Record):
+    """Descriptor: the lifeline, a SOCK_SEQPACKET socket. The child keeps it until it attaches, the parent closes it. A
+    packet of eight bytes on it (a session number, little endian) is the child's RELEASE; its hang-up releases all.
+    ``heir`` goes into the child's Attach. ``held``: so many sessions."""
+
+    error: U32
+    heir: U64
+    held: U32
+
+
+@dataclasses.dataclass(frozen=True)
+class Info(Record):
+    """Reply to HOLD and STATUS. ``state``: an index into session.STATES (TCP). ``so_error``: it was pending, and is
+    cleared. ``eof``: nothing more will be relayed from the peer."""
+
+    error: U32
+    session: U64
+    protocol: U8
+    laddr: Address
+    lport: U16
+    raddr: Address  # unspecified: no peer
+    rport: U16
+    state: U8
+    listening: Flag
+    named: Flag  # by bind(), or by the system's choice
+    eof: Flag
+    so_error: U32
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionValue(Record):
+    error: U32
+    value: I32
+
+
 # Which record a request carries; the server refuses every other id.
 REQUESTS: Final[dict[int, type[Record]]] = {
     Call.ATTACH: Attach,
@@ -300,8 +400,20 @@ REQUESTS: Final[dict[int, type[Record]]] = {
     Call.SESSIONS: Nothing,
     Call.COUNTERS: Nothing,
     Call.STRAY: Nothing,
+    Call.SHARE: Share,
+    Call.REQUEUE: Requeue,
+    Call.FORK: Nothing,
+    Call.HOLD: Nothing,
+    Call.RELEASE: Release,
+    Call.PROMOTE: Shared,
+    Call.CLAIM: Shared,
+    Call.PUBLISH: Publish,
+    Call.STATUS: Shared,
+    Call.OPTION: Option,
 }
-ONE_WAY: Final = frozenset((Call.RETURN, Call.FORGET, Call.ACCEPTED, Call.STRAY))
+ONE_WAY: Final = frozenset(
+    (Call.RETURN, Call.FORGET, Call.ACCEPTED, Call.STRAY, Call.SHARE, Call.REQUEUE, Call.RELEASE)
+)
 
 
 _STATE_HEAD = struct.Struct("=II16s16sHHB3x")  # the head of an exported session (engine.pyx): magic, size, flow_key

@@ -1,39 +1,25 @@
 """TLS for blocking sockets: the interface of ``ssl.SSLSocket`` over a socket of this stack.
 
 ``wrap(context, sock)``, or ``context.wrap_socket(sock)`` once ``install()`` was called (``ulnet.patch`` does).
-``ssl.SSLSocket`` lets OpenSSL read and write a kernel descriptor; here it works on two buffers in memory (ssl.MemoryBIO)
-and this class moves ciphertext. It reads record by record (RFC 8446 5.1) as OpenSSL does: bytes of a next record stay in
-the session, so that fileno() says readable as long as there is more, and what follows close_notify is left to the program.
-
-Locks: ``_send_lock`` keeps ciphertext in order, ``_receive_lock`` a record in one piece, ``_object_lock`` OpenSSL's object
-to one thread at a time (never held while waiting). Order: send or receive, then object.
+``ssl.SSLSocket`` lets OpenSSL read and write a kernel descriptor; here ``tls_records`` stands between the two.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import select
 import socket as _std
 import ssl
-import threading
-import time
 from collections.abc import Callable
-from typing import IO, Any, Final, NoReturn, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
 from ulnet.stack import dispatch
 from ulnet.stack import socket as _ulnet
-from ulnet.stack.engine import READABLE, WRITABLE
+from ulnet.stack.tls_records import CHUNK_BYTES, Records
 
-_HEADER_BYTES: Final = 5  # RFC 8446 (5.1): type, version, length
-_RECORD_TYPES: Final = range(20, 25)  # change_cipher_spec ... heartbeat
-_RECORD_BYTES_MAX: Final = 16384 + 2048  # RFC 5246 (6.2.3); TLS 1.3 has less
-_CHUNK_BYTES: Final = 262144  # encrypted at a time: bounds what waits in memory for a slow peer
-_READ: Final = "The read operation timed out"
-_WRITE: Final = "The write operation timed out"
-_HANDSHAKE: Final = "The handshake operation timed out"
-
-_NativeSSLSocket: Final = ssl.SSLSocket
+if TYPE_CHECKING:
+    from ssl import SSLSocket as _NativeSSLSocket
+else:
+    _NativeSSLSocket = ssl.SSLSocket
 
 
 def wrap(
@@ -95,11 +81,8 @@ class SSLSocket:
         self.server_hostname = hostname
         self._context = context
         self._session = session
-        self._object: Any = None  # OpenSSL's; None: in the clear
+        self._tls: Records | None = None
         self._connected = False
-        self._object_lock = threading.Lock()
-        self._send_lock = threading.Lock()
-        self._receive_lock = threading.Lock()
 
     def _start(self) -> None:
         try:
@@ -110,7 +93,7 @@ class SSLSocket:
             self._refuse_early_data()
             return
         self._connected = True
-        self._make_object()
+        self._begin_tls()
         if self.do_handshake_on_connect:
             if not self.getblocking():
                 raise ValueError("do_handshake_on_connect should not be specified for non-blocking sockets")
@@ -125,202 +108,46 @@ class SSLSocket:
         if early:
             raise ssl.SSLError(errno.ENOTCONN, "Closed before TLS handshake with data in recv buffer.")
 
-    def _make_object(self) -> None:
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self._header = bytearray()
-        self._missing = 0  # bytes of the record that is coming in
-        self._unsent = memoryview(b"")  # ciphertext
-        self._retry = 0  # bytes of a write that is encrypted, and whose caller was told to come again
-        self._object = cast(Any, self._context)._wrap_bio(
-            self._incoming,
-            self._outgoing,
-            self.server_side,
-            self.server_hostname,
-            owner=self,
-            session=self._session,
-        )
+    def _begin_tls(self) -> None:
+        def make(incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> Any:
+            return cast(Any, self._context)._wrap_bio(
+                incoming, outgoing, self.server_side, self.server_hostname, owner=self, session=self._session
+            )
 
-    # -- moving ciphertext --
+        self._tls = Records(self._raw, make)
 
-    def _deadline(self) -> int:
-        # In monotonic ns; -1: none; 0: do not wait.
-        timeout = self._raw.gettimeout()
-        if timeout is None:
-            return -1
-        return time.monotonic_ns() + int(timeout * 1e9) if timeout else 0
-
-    def _wait(self, events: int, deadline: int, what: str) -> None:
-        left = deadline
-        if deadline == 0:
-            if events == READABLE:
-                raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
-            raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
-        if deadline > 0:
-            left = deadline - time.monotonic_ns()
-            if left <= 0:
-                raise TimeoutError(what)
-        session = self._raw.session
-        if session is not None:
-            session.wait(events, left)
-            return
-        fd = self._raw.fileno()
-        if fd < 0:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        poll = select.poll()  # connected to 127.0.0.0/8: the kernel's
-        poll.register(fd, select.POLLIN if events == READABLE else select.POLLOUT)
-        poll.poll(None if left < 0 else left / 1e6)
-
-    def _receive(self, n: int, deadline: int, what: str) -> bytes:
-        while True:
-            try:
-                return self._raw.recv(n, _std.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._wait(READABLE, deadline, what)
-
-    def _feed(self, deadline: int, what: str) -> None:
-        """One record, or its rest, for OpenSSL; or the end of the stream."""
-        with self._receive_lock:
-            while not self._missing:
-                data = self._receive(_HEADER_BYTES - len(self._header), deadline, what)
-                if not data:
-                    self._incoming.write_eof()
-                    return
-                self._header += data
-                if len(self._header) < _HEADER_BYTES:
-                    continue
-                header = bytes(self._header)
-                self._header.clear()
-                self._incoming.write(header)
-                size = int.from_bytes(header[3:], "big")
-                if header[0] not in _RECORD_TYPES or header[1] != 3 or not 0 < size <= _RECORD_BYTES_MAX:
-                    return  # no TLS: OpenSSL says what it is
-                self._missing = size
-            while self._missing:
-                data = self._receive(self._missing, deadline, what)
-                if not data:
-                    self._missing = 0
-                    self._incoming.write_eof()
-                    return
-                self._missing -= len(data)
-                self._incoming.write(data)
-
-    def _flush(self, deadline: int, what: str) -> None:
-        """Send the ciphertext that waits. Call with ``_send_lock``."""
-        while True:
-            if not self._unsent:
-                with self._object_lock:
-                    data = self._outgoing.read() if self._outgoing.pending else b""
-                if not data:
-                    return
-                self._unsent = memoryview(data)
-            try:
-                sent = self._raw.send(self._unsent, _std.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._wait(WRITABLE, deadline, what)
-            else:
-                self._unsent = self._unsent[sent:]
-
-    def _flush_if_free(self) -> None:
-        # After a read that is done: an answer to a key update, say. A writer at work sends it along.
-        if self._outgoing.pending and self._send_lock.acquire(blocking=False):
-            try:
-                self._flush(0, _WRITE)
-            except (ssl.SSLWantWriteError, OSError):
-                pass  # the next write sends it, or fails
-            finally:
-                self._send_lock.release()
-
-    def _alert(self) -> None:
-        # OpenSSL failed and may have something to tell the peer. What the program gets is the failure.
-        self._flush_if_free()
-
-    def _drive(self, call: Callable[..., Any], *arguments: Any, what: str) -> Any:
-        """An operation of OpenSSL's object, with the ciphertext that it asks for."""
-        deadline = self._deadline()
-        while True:
-            try:
-                with self._object_lock:
-                    result = call(*arguments)
-            except ssl.SSLWantReadError:
-                if self._outgoing.pending or self._unsent:
-                    with self._send_lock:
-                        self._flush(deadline, what)
-                self._feed(deadline, what)
-                continue
-            except ssl.SSLError:
-                self._alert()
-                raise
-            return result
+    @property
+    def _sslobj(self) -> Any:
+        # OpenSSL's object, under the name that the standard class has for it; None: in the clear.
+        return None if self._tls is None else self._tls.object
 
     # -- data --
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
         """Up to ``len`` bytes, or their number in ``buffer``; b"" or 0 at the end."""
-        sslobj = self._object
-        if sslobj is None:
+        if self._tls is None:
             raise ValueError("Read on closed or unwrapped SSL socket.")
         try:
-            if buffer is None:
-                result = self._drive(sslobj.read, len, what=_READ)
-            else:
-                result = self._drive(sslobj.read, len, buffer, what=_READ)
+            return self._tls.read(len, buffer)
         except ssl.SSLError as error:
             if error.args[0] == ssl.SSL_ERROR_EOF and self.suppress_ragged_eofs:
                 return b"" if buffer is None else 0
             raise
-        if self._outgoing.pending:
-            self._flush_if_free()
-        return result
 
     def write(self, data: Any) -> int:
         """Send; returns the bytes taken. A blocking socket takes all, others at most 256 KiB.
 
         SSLWantWriteError, TimeoutError: come again with the same data, which may be encrypted already.
         """
-        sslobj = self._object
-        if sslobj is None:
+        if self._tls is None:
             raise ValueError("Write on closed or unwrapped SSL socket.")
         total = 0
         with memoryview(data) as view, view.cast("B") as bytes_view:
             while True:
-                with bytes_view[total : total + _CHUNK_BYTES] as piece:
-                    total += self._write_piece(sslobj, piece)
+                with bytes_view[total:] as rest:
+                    total += self._tls.write(rest)
                 if total >= len(bytes_view) or self._raw.gettimeout() is not None:
                     return total
-
-    def _write_piece(self, sslobj: Any, piece: memoryview) -> int:
-        deadline = self._deadline()
-        with self._send_lock:
-            try:
-                if not self._retry:
-                    self._flush(deadline, _WRITE)
-                    if not piece:
-                        return 0
-                    self._retry = self._encrypt(sslobj, piece, deadline)
-                elif len(piece) < self._retry:
-                    raise ssl.SSLError(ssl.SSL_ERROR_SSL, "bad write retry: fewer bytes than the first time")
-                self._flush(deadline, _WRITE)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, TimeoutError):
-                raise
-            except BaseException:
-                self._retry = 0
-                raise
-            written, self._retry = self._retry, 0
-            return written
-
-    def _encrypt(self, sslobj: Any, piece: memoryview, deadline: int) -> int:
-        while True:
-            try:
-                with self._object_lock:
-                    return int(sslobj.write(piece))
-            except ssl.SSLWantReadError:  # a handshake in between
-                self._flush(deadline, _WRITE)
-                self._feed(deadline, _WRITE)
-            except ssl.SSLError:
-                if self._outgoing.pending:
-                    self._flush(deadline, _WRITE)
-                raise
 
     def _no_flags(self, call: str, flags: int) -> None:
         if flags:
@@ -330,13 +157,13 @@ class SSLSocket:
         raise ValueError(f"{call} not allowed on instances of {_NativeSSLSocket}")
 
     def recv(self, n: int = 1024, flags: int = 0, /) -> bytes:
-        if self._object is None:
+        if self._tls is None:
             return self._raw.recv(n, flags)
         self._no_flags("recv", flags)
         return cast(bytes, self.read(n))
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        if self._object is None:
+        if self._tls is None:
             return self._raw.recv_into(buffer, nbytes or 0, flags)
         self._no_flags("recv_into", flags)
         if not nbytes:
@@ -345,13 +172,13 @@ class SSLSocket:
         return cast(int, self.read(nbytes, buffer))
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        if self._object is None:
+        if self._tls is None:
             return self._raw.send(data, flags)
         self._no_flags("send", flags)
         return self.write(data)
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
-        if self._object is None:
+        if self._tls is None:
             self._raw.sendall(data, flags)
             return
         self._no_flags("sendall", flags)
@@ -361,17 +188,17 @@ class SSLSocket:
                 sent += self.write(bytes_view[sent:])
 
     def recvfrom(self, n: int = 1024, flags: int = 0, /) -> Any:
-        if self._object is not None:
+        if self._tls is not None:
             self._not_allowed("recvfrom")
         return self._raw.recvfrom(n, flags)
 
     def recvfrom_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> Any:
-        if self._object is not None:
+        if self._tls is not None:
             self._not_allowed("recvfrom_into")
         return self._raw.recvfrom_into(buffer, nbytes or 0, flags)
 
     def sendto(self, data: Any, flags_or_address: Any, address: Any = None, /) -> int:
-        if self._object is not None:
+        if self._tls is not None:
             self._not_allowed("sendto")
         return (
             self._raw.sendto(data, flags_or_address)
@@ -389,14 +216,34 @@ class SSLSocket:
         raise NotImplementedError(f"sendmsg not allowed on instances of {_NativeSSLSocket}")
 
     def recv_buffer(self, max_bytes: int = 65536, /) -> object:
-        if self._object is not None:
+        if self._tls is not None:
             self._not_allowed("recv_buffer")
         return self._raw.recv_buffer(max_bytes)
 
     def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
-        if self._object is None:
+        """Send a binary file from ``offset`` to its end, or ``count`` bytes; returns the bytes sent."""
+        if self._tls is None:
             return self._raw.sendfile(file, offset, count)
-        return _ulnet.socket.sendfile(cast(_ulnet.socket, self), file, offset, count)  # by sendall()
+        if "b" not in getattr(file, "mode", "b"):
+            raise ValueError("file should be opened in binary mode")
+        if count is not None and (not isinstance(count, int) or count <= 0):
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        if not self.getblocking():
+            raise ValueError("non-blocking sockets are not supported")
+        if offset:
+            file.seek(offset)
+        total = 0
+        try:
+            while count is None or total < count:
+                data = file.read(CHUNK_BYTES if count is None else min(CHUNK_BYTES, count - total))
+                if not data:
+                    break
+                self.sendall(data)
+                total += len(data)
+        finally:
+            if total and hasattr(file, "seek"):
+                file.seek(offset + total)
+        return total
 
     def dup(self) -> NoReturn:
         raise NotImplementedError("Can't dup() SSLSocket instances")
@@ -408,45 +255,38 @@ class SSLSocket:
         if not self._connected:
             self.getpeername()  # ENOTCONN; connect() may have gone on in the background
             self._connected = True
-        if self._object is None:
+        if self._tls is None:
             raise ValueError("No SSL wrapper around " + str(self))
         timeout = self.gettimeout()
         try:
             if block and timeout == 0.0:
                 self.settimeout(None)
-            self._drive(self._object.do_handshake, what=_HANDSHAKE)
-            if self._outgoing.pending or self._unsent:
-                with self._send_lock:
-                    self._flush(self._deadline(), _HANDSHAKE)
+            self._tls.do_handshake()
         finally:
             self.settimeout(timeout)
 
     def unwrap(self) -> SSLSocket:
         """Say close_notify and wait for the peer's; the socket itself, in the clear from here on."""
-        sslobj = self._object
-        if sslobj is None:
+        if self._tls is None:
             raise ValueError("No SSL wrapper around " + str(self))
-        self._drive(sslobj.shutdown, what=_READ)
-        if self._outgoing.pending or self._unsent:
-            with self._send_lock:
-                self._flush(self._deadline(), _WRITE)
-        self._object = None
+        self._tls.shutdown()
+        self._tls = None
         return self
 
     def shutdown(self, how: int, /) -> None:
-        self._object = None
+        self._tls = None
         self._raw.shutdown(how)
 
     def detach(self) -> int:
         self._closed = True
-        self._object = None
+        self._tls = None
         return self._raw.detach()
 
     def close(self) -> None:
         """Done with it; close_notify is not said (``unwrap`` does)."""
         self._closed = True
         if self._io_refs <= 0:
-            self._object = None
+            self._tls = None
             self._raw.close()
 
     def _decref_socketios(self) -> None:  # called by the standard SocketIO
@@ -487,9 +327,9 @@ class SSLSocket:
     def _connect(self, connect: Callable[[Any], int | None], address: Any) -> int | None:
         if self.server_side:
             raise ValueError("can't connect in server-side mode")
-        if self._connected or self._object is not None:
+        if self._connected or self._tls is not None:
             raise ValueError("attempt to connect already-connected SSLSocket!")
-        self._make_object()
+        self._begin_tls()
         try:
             number = connect(address)
             if not number:
@@ -498,7 +338,7 @@ class SSLSocket:
                     self.do_handshake()
             return number
         except (OSError, ValueError):
-            self._object = None
+            self._tls = None
             raise
 
     def accept(self) -> tuple[SSLSocket, tuple[str, int]]:
@@ -522,38 +362,34 @@ class SSLSocket:
     @context.setter
     def context(self, value: ssl.SSLContext) -> None:
         self._context = value
-        self._object.context = value  # within the handshake: a server-name callback does it
+        self._sslobj.context = value  # within the handshake: a server-name callback does it
 
     @property
     def session(self) -> ssl.SSLSession | None:
-        return None if self._object is None else self._object.session
+        return None if self._tls is None else self._sslobj.session
 
     @session.setter
     def session(self, value: ssl.SSLSession) -> None:
         self._session = value
-        if self._object is not None:
-            self._object.session = value
+        if self._tls is not None:
+            self._sslobj.session = value
 
     @property
     def session_reused(self) -> bool | None:
-        return None if self._object is None else self._object.session_reused
-
-    @property
-    def _sslobj(self) -> Any:
-        return self._object
+        return None if self._tls is None else self._sslobj.session_reused
 
     def pending(self) -> int:
         """Bytes that are decrypted and not read."""
-        return 0 if self._object is None else int(self._object.pending())
+        return 0 if self._tls is None else int(self._sslobj.pending())
 
     def getpeercert(self, binary_form: bool = False) -> Any:
         if not self._connected:
             self.getpeername()
-        return self._object.getpeercert(binary_form)
+        return self._sslobj.getpeercert(binary_form)
 
     def get_channel_binding(self, cb_type: str = "tls-unique") -> bytes | None:
-        if self._object is not None:
-            return cast("bytes | None", self._object.get_channel_binding(cb_type))
+        if self._tls is not None:
+            return cast("bytes | None", self._sslobj.get_channel_binding(cb_type))
         if cb_type not in ssl.CHANNEL_BINDING_TYPES:
             raise ValueError(f"{cb_type} channel binding type not implemented")
         return None
@@ -562,24 +398,24 @@ class SSLSocket:
         return None
 
     def verify_client_post_handshake(self) -> Any:
-        if self._object is None:
+        if self._tls is None:
             raise ValueError("No SSL wrapper around " + str(self))
-        return self._object.verify_client_post_handshake()
+        return self._sslobj.verify_client_post_handshake()
 
     def selected_alpn_protocol(self) -> str | None:
-        return None if self._object is None else self._object.selected_alpn_protocol()
+        return None if self._tls is None else self._sslobj.selected_alpn_protocol()
 
     def cipher(self) -> tuple[str, str, int] | None:
-        return None if self._object is None else self._object.cipher()
+        return None if self._tls is None else self._sslobj.cipher()
 
     def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
-        return None if self._object is None else self._object.shared_ciphers()
+        return None if self._tls is None else self._sslobj.shared_ciphers()
 
     def compression(self) -> str | None:
-        return None if self._object is None else self._object.compression()
+        return None if self._tls is None else self._sslobj.compression()
 
     def version(self) -> str | None:
-        return None if self._object is None else self._object.version()
+        return None if self._tls is None else self._sslobj.version()
 
 
 class Choice(_NativeSSLSocket):

@@ -1,9 +1,9 @@
 """``import ulnet.patch``: this whole program, its libraries and its Python children included, runs on ulnet's sockets.
 
-The standard ``socket``, ``ssl``, ``select`` and ``selectors`` modules get ulnet's names in place of their own; a program
-that has imported *names* from them before (``from socket import socket``) keeps those, so import this first, or use
-``ulnet run``. Children started later by this process with its environment are patched too (ulnet/children).
-``undo()`` gives the standard modules their names back; sockets that exist stay what they are.
+The standard ``socket``, ``ssl``, ``select`` and ``selectors`` modules get ulnet's names in place of their own. Who has
+imported *names* from them before (``from socket import socket``) keeps those: import this first, or use ``ulnet run``.
+Python children that get this process's environment are patched too (ulnet/children). ``undo()`` gives the standard
+modules their names back; sockets that exist stay what they are.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ def _set_aside(modules: tuple[ModuleType, ...]) -> None:
             if name.startswith("ulnet.") and own is not None and name != __name__ and own is not resolve:
                 for key, value in list(vars(own).items()):
                     if value is module:
-                        setattr(own, key, copy)
-                        _undo.append(lambda own=own, key=key, value=value: setattr(own, key, value))
+                        _replace(own, key, copy)
 
 
 def _socket_names() -> dict[str, Any]:

@@ -48,10 +48,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         at += 1
         if word == "--server":
             at += 1
-        elif word in ("-m", "-c"):
-            at += 1
-            break
-        elif word == "--":
+        elif word in ("-m", "-c", "--"):
             at += 1
             break
         elif not word.startswith("-") or word.startswith(("-m", "-c")):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -18,7 +19,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,14 @@ class World:
     def processes(self) -> list[int]:
         return self.a.pids()
 
+    def abandon(self) -> None:
+        """After a failure: the next program must not find what is left of this one."""
+        for process in self.running:
+            end(process, signal.SIGKILL)
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def close(self) -> None:
         self.testbed.close()
 
@@ -99,7 +107,7 @@ class World:
         self.running.append(process)
         return process
 
-    @contextmanager
+    @contextlib.contextmanager
     def stock(self, argv: list[str], port: int, cwd: Path, name: str) -> Iterator[None]:
         """A stock server on host b, on kernel sockets, from when it answers to the end of the block."""
         process = self.popen(self.b, argv, cwd, name)
@@ -260,8 +268,7 @@ def execute(program: Program, world: World, files: Path) -> Run:
                 run.status = end(run.process, program.stop)
         world.expect_nothing()
     except BaseException as error:
-        for process in world.running:
-            end(process, signal.SIGKILL)
+        world.abandon()
         error.add_note(f"{program.name} on {world.name}, status {run.status}, said:\n{run.output()[-6000:]}")
         raise
     finally:
@@ -269,7 +276,7 @@ def execute(program: Program, world: World, files: Path) -> Run:
     return run
 
 
-@contextmanager
+@contextlib.contextmanager
 def nothing() -> Iterator[None]:
     yield
 

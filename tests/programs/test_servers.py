@@ -65,6 +65,7 @@ PROGRAMS = (
         ready=("starting FTP server", 1),
         peer=peers.curl_ftp,
         stop=signal.SIGINT,
+        scrub=((r"\] (RETR|None) ", "] RETR "),),  # the name is lost when the connection is quicker than the command
     ),
     Program(
         "aiosmtpd",

@@ -1,8 +1,7 @@
 """uvloop in a patched program (ulnet/patch.py): its loop is asyncio's, and so reaches ulnet's sockets.
 
 libuv opens sockets by itself, past the socket module: a server of uvloop's would listen on the kernel's addresses, and
-libuv opens sockets by itself, past the socket module: a server of uvloop's would listen on the kernel's addresses, and nobody
-would be told. Its own loop takes ulnet's sockets by ``loop.sock_*`` and ``add_reader`` in programs that are
+nobody would be told. Its own loop takes ulnet's sockets by ``loop.sock_*`` and ``add_reader`` where nothing is patched.
 """
 
 from __future__ import annotations

@@ -190,6 +190,7 @@ class Program:
     ``around``: a context manager around it all: stock servers on host b.
     ``peer``: what host b does meanwhile, called in a thread that is on host b; returns what is compared (JSON).
     ``stop``: the signal that ends it; None: it ends by itself.
+    ``tls``: its peers speak TLS.
     ``traceback``: its output may hold some, on kernel sockets too.
     ``scrub``: more of its output that differs by nature: (regular expression, what stands for it).
     """
@@ -203,6 +204,7 @@ class Program:
     peer: Callable[[World, Run], Any] | None = None
     stop: signal.Signals | None = None
     status: int = 0
+    tls: bool = False
     traceback: bool = False
     scrub: tuple[tuple[str, str], ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -215,6 +217,7 @@ class Run:
     program: Program
     folder: Path
     files: Path
+    authority: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     seen: Any = None
     status: int | None = None
@@ -222,6 +225,9 @@ class Run:
     @property
     def port(self) -> int:
         return self.program.port
+
+    def url(self, path: str) -> str:
+        return f"http{'s' * self.program.tls}://{ADDRESS}:{self.port}{path}"
 
     def output(self) -> str:
         return "".join((self.folder / f"program.{kind}").read_text(errors="replace") for kind in ("out", "err"))
@@ -249,8 +255,8 @@ def execute(program: Program, world: World, files: Path) -> Run:
     """Run it in one world, from start to end, and see that it leaves nothing."""
     folder = world.folder / re.sub(r"\W+", "-", program.name)
     folder.mkdir()
-    run = Run(program, folder, files)
-    certificate, key = world.certificate or ("", "")
+    certificate, key = world.certificate or (None, None)
+    run = Run(program, folder, files, certificate)
     values = {
         "port": program.port, "peer": PEER, "address": ADDRESS, "folder": folder, "files": files,
         "cert": certificate, "key": key,

@@ -25,6 +25,7 @@ from tests.programs.apps.site import pattern
 from tests.programs.harness import APPS, LIMIT_S, Run, World, in_threads
 
 NGINX_PORT, TLS_PORT, SITE_PORT, REDIS_PORT, FTP_PORT, SMTP_PORT, TREE_PORT = 8080, 8443, 8081, 6379, 2121, 2525, 9999
+MANAGER_PORT = 5000
 
 
 def digest(data: bytes) -> list[Any]:
@@ -150,6 +151,18 @@ def answer_of(connection: http.client.HTTPConnection, method: str, path: str, bo
     return method, path, reply.status, reply.reason, headers, digest(reply.read())
 
 
+def connection_to(world: World, run: Run) -> http.client.HTTPConnection:
+    if not run.program.tls:
+        return http.client.HTTPConnection(ADDRESS, run.port, timeout=LIMIT_S)
+    return http.client.HTTPSConnection(ADDRESS, run.port, timeout=LIMIT_S, context=trusting(world))
+
+
+def trusting(world: World) -> ssl.SSLContext:
+    """A client's context that believes the tests' certificate."""
+    assert world.certificate is not None
+    return ssl.create_default_context(cafile=str(world.certificate[0]))
+
+
 def browse(paths: tuple[str, ...], upload: bool, world: World, run: Run, pids: int = 0) -> list[Any]:
     """All of it: one connection after another, one connection kept, many at once, curl, wget, bad requests.
 
@@ -157,7 +170,7 @@ def browse(paths: tuple[str, ...], upload: bool, world: World, run: Run, pids: i
     """
     seen: list[Any] = []
     for kept in (False, True):
-        connection = http.client.HTTPConnection(ADDRESS, run.port, timeout=LIMIT_S)
+        connection = connection_to(world, run)
         for path in paths:
             seen.append(answer_of(connection, "GET", path))
             if not kept:
@@ -168,14 +181,15 @@ def browse(paths: tuple[str, ...], upload: bool, world: World, run: Run, pids: i
         connection.close()
 
     def several(number: int) -> Any:
-        connection = http.client.HTTPConnection(ADDRESS, run.port, timeout=LIMIT_S)
+        connection = connection_to(world, run)
         answers = [answer_of(connection, "GET", paths[(number + turn) % len(paths)]) for turn in range(4)]
         connection.close()
         return answers
 
     seen += in_threads(12, several, world.b)
     seen += [curl(world, run, path) for path in paths] + wget(world, run, paths[3])
-    seen += [talk(run.port, request) for request in (b"rubbish\r\n\r\n", b"GET / HTTP/1.0\r\nBroken\r\n\r\n", b"")]
+    if not run.program.tls:
+        seen += [talk(run.port, request) for request in (b"rubbish\r\n\r\n", b"GET / HTTP/1.0\r\nBroken\r\n\r\n", b"")]
     if pids:
         seen.append(["workers", len(workers(pids, world, run))])
     return seen
@@ -203,13 +217,14 @@ def curl(world: World, run: Run, path: str) -> Any:
     if shutil.which("curl") is None:
         return None
     argv = ["curl", "-s", "-S", "--max-time", "30", "-w", "%{http_code} %{size_download} %{num_connects}"]
-    return output_of(world, [*argv, f"http://{ADDRESS}:{run.port}{path}"])
+    return output_of(world, [*argv, *(["--cacert", str(run.authority)] if run.program.tls else []), run.url(path)])
 
 
 def wget(world: World, run: Run, path: str) -> list[Any]:
     if shutil.which("wget") is None:
         return []
-    return [output_of(world, ["wget", "-q", "-T", "30", "-O", "-", f"http://{ADDRESS}:{run.port}{path}"])]
+    more = [f"--ca-certificate={run.authority}"] if run.program.tls else []
+    return [output_of(world, ["wget", "-q", "-T", "30", "-O", "-", *more, run.url(path)])]
 
 
 def output_of(world: World, argv: list[str]) -> Any:
@@ -269,6 +284,28 @@ def curl_ftp(world: World, run: Run) -> Any:
     return seen
 
 
+@contextmanager
+def manager(world: World, run: Run) -> Iterator[None]:
+    argv = [sys.executable, "-m", f"{APPS}.manager", "serve", str(MANAGER_PORT)]
+    with world.stock(argv, MANAGER_PORT, run.folder, "manager"):
+        yield
+
+
+@contextmanager
+def cgi_folder(world: World, run: Run) -> Iterator[None]:
+    """A site with a CGI program, which runs as nobody when its server is root."""
+    (run.folder / "site" / "cgi-bin").mkdir(parents=True)
+    script = run.folder / "site" / "cgi-bin" / "script"
+    script.write_text(
+        "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\n'\n"
+        "echo method $REQUEST_METHOD query $QUERY_STRING client $REMOTE_ADDR\n"
+        'if [ "$REQUEST_METHOD" = POST ]; then head -c "$CONTENT_LENGTH"; fi\n'
+    )
+    script.chmod(0o755)
+    (run.folder / "site" / "page").write_bytes(pattern(100_000))
+    yield
+
+
 def smtp_client(world: World, run: Run) -> Any:
     assert world.certificate is not None
     argv = [sys.executable, "-m", f"{APPS}.smtp_client", ADDRESS, str(run.port), str(world.certificate[0])]
@@ -317,18 +354,13 @@ def streams(ports: tuple[int, ...], world: World) -> list[Any]:
 
 def echoes(world: World, run: Run) -> Any:
     """asyncio_echo's services."""
-    assert world.certificate is not None
-    context = ssl.create_default_context(cafile=str(world.certificate[0]))
+    context = trusting(world)
     seen = streams((run.port, run.port + 2), world)
     seen += [echo_tls(run.port + 1, size, context) for size in (1, 100_000, 2_000_000)]
     return seen + datagrams(run.port, SIZES)
 
 
 SIZES = (1, 1472, 1473, 9000, 60_000)  # asyncio sends no empty datagrams
-
-
-def sock_echoes(world: World, run: Run) -> Any:
-    return streams((run.port + 2,), world)
 
 
 def datagrams(port: int, sizes: tuple[int, ...]) -> list[Any]:
@@ -346,6 +378,26 @@ def datagrams(port: int, sizes: tuple[int, ...]) -> list[Any]:
                 except TimeoutError:
                     continue
     return seen
+
+
+def manager_client(world: World, run: Run) -> Any:
+    return world.peer([sys.executable, "-m", f"{APPS}.manager", "use", ADDRESS, str(run.port)], run.folder)
+
+
+def cgi(world: World, run: Run) -> Any:
+    """Pages and programs in turn, then programs at once, and one that is sent something."""
+    seen = []
+    for number in range(3):
+        for path in ("/page", f"/cgi-bin/script?number={number}", "/cgi-bin/missing"):
+            seen.append(answer_of(connection_to(world, run), "GET", path))
+    seen.append(answer_of(connection_to(world, run), "POST", "/cgi-bin/script", b"line\n" * 100))
+    seen.append(curl(world, run, "/cgi-bin/script?by=curl"))
+    return seen + in_threads(6, lambda number: get(run.port, f"/cgi-bin/script?{number}").decode(), world.b)
+
+
+def piped(world: World, run: Run) -> Any:
+    """Four streams through inetd's programs, which echo."""
+    return [echo_stream(run.port, size) for size in (0, 1, 100_000, 4_000_000)]
 
 
 def lines(world: World, run: Run) -> Any:

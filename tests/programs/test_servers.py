@@ -102,13 +102,23 @@ PROGRAMS = (
         stop=signal.SIGTERM,
     ),
     Program(
-        "uvloop sock calls",
-        command=("-m", f"{APPS}.asyncio_echo", "7020", "-", "-", "uvloop"),
+        "uvloop",
+        command=("-m", f"{APPS}.asyncio_echo", "7020", "{cert}", "{key}", "uvloop"),
         port=7020,
-        needs=("uvloop",),
+        needs=("uvloop", "/openssl"),
         ready=("ready", 1),
-        peer=peers.sock_echoes,
+        peer=peers.echoes,
         stop=signal.SIGTERM,
+    ),
+    Program(
+        "http.server over TLS",
+        command=("-m", f"{APPS}.https_server", "7030", "{files}", "{cert}", "{key}"),
+        port=7030,
+        needs=("/openssl",),
+        ready=("ready", 1),
+        peer=peers.static_site,
+        stop=signal.SIGTERM,
+        tls=True,
     ),
 )
 

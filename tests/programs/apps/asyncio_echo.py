@@ -1,7 +1,6 @@
 """Echo over asyncio streams, TLS streams, datagrams and loop.sock_*: ``asyncio_echo PORT CERTIFICATE KEY [uvloop]``.
 
-PORT: streams and datagrams; PORT + 1: TLS; PORT + 2: loop.sock_*. With uvloop only the last:
-libuv opens its own sockets.
+PORT: streams and datagrams; PORT + 1: TLS; PORT + 2: loop.sock_*.
 """
 
 from __future__ import annotations
@@ -58,19 +57,18 @@ async def main() -> None:
             task.add_done_callback(tasks.discard)
 
     accepting = asyncio.create_task(accept())
-    servers = []
-    if len(sys.argv) == 4:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(sys.argv[2], sys.argv[3])
-        servers.append(await asyncio.start_server(echo, "0.0.0.0", port))
-        servers.append(await asyncio.start_server(echo, "0.0.0.0", port + 1, ssl=context))
-        datagrams, _ = await loop.create_datagram_endpoint(Datagrams, local_addr=("0.0.0.0", port))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(sys.argv[2], sys.argv[3])
+    servers = [
+        await asyncio.start_server(echo, "0.0.0.0", port),
+        await asyncio.start_server(echo, "0.0.0.0", port + 1, ssl=context),
+    ]
+    datagrams, _ = await loop.create_datagram_endpoint(Datagrams, local_addr=("0.0.0.0", port))
     print("ready", flush=True)
     await stop.wait()
     accepting.cancel()
     await asyncio.gather(accepting, return_exceptions=True)
-    if servers:
-        datagrams.close()
+    datagrams.close()
     for server in servers:
         server.close()
         await server.wait_closed()
@@ -78,7 +76,7 @@ async def main() -> None:
     print("unfinished", len(tasks))
 
 
-if len(sys.argv) == 5:
+if sys.argv[4:]:
     import uvloop
 
     uvloop.run(main())

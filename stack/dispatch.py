@@ -66,11 +66,10 @@ def _open(
             return _Dispatch.make(socket, family, type, proto, host=host)
         return KernelSocket(family, type, proto)
     if family in (-1, _AF_INET) and is_unix(fileno):
-        try:
-            return _Dispatch.make(socket, fileno=fileno)
-        except OSError as error:
-            if error.errno != errno.ENOTSOCK:
-                raise
+        sock = _Dispatch.make(socket, fileno=fileno)
+        if is_ours(sock):
+            return sock
+        fileno = sock.detach()
     return KernelSocket(family, type, proto, fileno)
 
 
@@ -110,14 +109,15 @@ class _Dispatch(type):
 class socket(_ulnet.socket, metaclass=_Dispatch):
     """A network socket: TCP and UDP over IPv4 by ulnet, the rest by the kernel. Arguments as the standard class's."""
 
-    __slots__ = ("_kernel", "_number")
+    # _number: of the descriptor, once the program has asked for it; else -1. _settings: setsockopt() before a name.
+    __slots__ = ("_kernel", "_number", "_settings")
     _kernel: _std.socket
-    _number: int  # of the descriptor, once the program has asked for it; else -1
+    _number: int
 
     def __init__(
         self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None, *, host: Host | None = None
     ) -> None:
-        self._number = -1
+        self._fresh()
         # Of a subclass, the call comes here directly; of this class, _open() has decided already.
         if fileno is None and (host is not None or runs_here(family, type, proto)):
             super().__init__(family, type, proto, host=host)
@@ -126,14 +126,13 @@ class socket(_ulnet.socket, metaclass=_Dispatch):
             try:
                 super().__init__(family, type, proto, fileno)
                 return
-            except OSError as error:
-                if error.errno != errno.ENOTSOCK:
-                    raise
+            except OSError:
+                pass  # not of this stack, or there is no server to ask: then the kernel's word counts
         self._hold(KernelSocket(family, type, proto, fileno))
 
-    def _take_over(self, other: _ulnet.socket) -> None:
+    def _fresh(self) -> None:
         self._number = -1
-        super()._take_over(other)
+        self._settings: list[tuple[Any, ...]] = []
 
     def _hold(self, kernel: _std.socket) -> None:
         """From here on each call goes to ``kernel``."""
@@ -147,8 +146,8 @@ class socket(_ulnet.socket, metaclass=_Dispatch):
         """The program names a loopback address: an unnamed socket becomes the kernel's, its settings kept."""
         kernel = KernelSocket(self.family, self.type, self.proto)
         try:
-            for level, name, value in settings(self):
-                kernel.setsockopt(level, name, value)
+            for setting in self._settings:
+                kernel.setsockopt(*setting)
             kernel.settimeout(self.gettimeout())
         except BaseException:
             kernel.close()
@@ -183,7 +182,7 @@ class socket(_ulnet.socket, metaclass=_Dispatch):
     def connect(self, address: Any, /) -> None:
         if not self._named:
             address, loopback = self._place(address, "connect")
-            if loopback and not self._connecting:
+            if loopback:
                 self._turn().connect(address)
                 return
         super().connect(address)
@@ -208,8 +207,10 @@ class socket(_ulnet.socket, metaclass=_Dispatch):
         sock, peer = super().accept()
         return adopt(sock, socket), peer
 
-    def dup(self) -> socket:
-        return adopt(super().dup(), socket)
+    def setsockopt(self, *setting: Any) -> None:
+        super().setsockopt(*setting)
+        if not self._named:
+            self._settings.append(setting)
 
     def fileno(self) -> int:
         fd = super().fileno()
@@ -223,30 +224,24 @@ socket.__module__ = "socket"  # in repr, as the standard class
 
 
 def adopt(sock: _ulnet.socket, cls: type[_S]) -> _S:
-    """A socket of class ``cls`` in place of ``sock``, which is closed afterwards; settings are kept."""
+    """A socket of class ``cls`` in place of ``sock``, which is closed afterwards; the connection is not."""
     new = cls.__new__(cls)
-    new._closed = True
+    session, named = sock._need(), sock._named
+    for name in _ulnet.socket.__slots__:
+        setattr(new, name, getattr(sock, name))
     new._io_refs = 0
-    timeout = sock.gettimeout()
-    new._take_over(sock)
-    new.settimeout(timeout)
+    new._adopt(session, named)
+    new.settimeout(sock.gettimeout())
+    if isinstance(new, socket):
+        new._fresh()
+    sock._adopt(None, False)
+    sock._closed = True
     return new
 
 
 def move(sock: _ulnet.socket) -> _ulnet.socket:
     """``sock`` under another object of its kind, as detach() and socket(fileno=) would do."""
     return adopt(sock, socket if issubclass(type(sock), socket) else _ulnet.socket)
-
-
-def settings(sock: _ulnet.socket) -> list[tuple[int, int, Any]]:
-    """The options that a program has set, as setsockopt() arguments."""
-    options = sock._options
-    found: list[tuple[int, int, Any]] = [(_std.SOL_SOCKET, name, value) for name, value in options.kept.items()]
-    found += [(level, name, value) for (level, name), value in options.passed.items()]
-    if options.linger != (0, 0):
-        on, seconds = options.linger
-        found.append((_std.SOL_SOCKET, _std.SO_LINGER, on.to_bytes(4, "little") + seconds.to_bytes(4, "little")))
-    return found
 
 
 class Held(socket):

@@ -161,15 +161,9 @@ class socket(Socket):
         if other is None or other.session is None:
             message = f"descriptor {fileno} is no socket of this stack: only what detach() gave can be taken over"
             raise OSError(errno.ENOTSOCK, message)
-        self._take_over(other)
-
-    def _take_over(self, other: socket) -> None:
-        """Have what ``other`` has; it is closed afterwards, the connection is not."""
-        session = other._need()
-        self._setup(other._host, session, other.proto, other._options, other._named)
+        self._setup(other._host, other.session, other.proto, other._options, other._named)
         self._bound, self._listening, self._connecting = other._bound, other._listening, other._connecting
         other._adopt(None, False)
-        other._closed = True
 
     def _need(self) -> Session:
         session = self.session

@@ -47,6 +47,8 @@ def install(*, children: bool = True) -> None:
     """Patch the standard modules, and the Python children started from here on. Does nothing the second time."""
     if _undo:
         return
+    for module in (select, selectors):
+        _own(module)  # before it could see the patched one
     _set_aside((socket, ssl, select, selectors))
     for name, value in _socket_names().items():
         _replace(socket, name, value)
@@ -102,13 +104,17 @@ def _socket_names() -> dict[str, Any]:
 
 def _take_names(module: ModuleType) -> None:
     """What ulnet.stack has of a module's names."""
-    try:
-        ours = importlib.import_module(f"ulnet.stack.{module.__name__}")
-    except ModuleNotFoundError:
-        return  # its descriptors tell the standard ones the truth
+    ours = _own(module)
     for name in getattr(ours, "__all__", ()):
         if hasattr(module, name) and getattr(ours, name) is not getattr(module, name):
             _replace(module, name, getattr(ours, name))
+
+
+def _own(module: ModuleType) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"ulnet.stack.{module.__name__}")
+    except ModuleNotFoundError:
+        return None  # our descriptors tell the standard ones the truth
 
 
 # -- functions of the socket module that take descriptors ------------------------------------------

@@ -21,6 +21,8 @@ from ulnet.stack import protocol
 
 _USAGE: Final = "ulnet run [--server PATH] program.py ... | -m module ... | -c code ..."
 
+_before: list[types.ModuleType] = []  # our own __main__, kept alive
+
 
 def parser() -> argparse.ArgumentParser:
     """The options that come before the program, for parsing and for help."""
@@ -73,19 +75,22 @@ def main(argv: Sequence[str]) -> int:
 
     import ulnet.patch  # noqa: F401
 
-    main_module = types.ModuleType("__main__")
-    vars(main_module)["__builtins__"] = sys.modules["builtins"]
-    before = sys.modules["__main__"]  # kept alive: what it defined may still be in use
-    sys.modules["__main__"] = main_module
     try:
-        _run(chosen, theirs, main_module)
+        _run(chosen, theirs, _fresh_main())
     except SystemExit:
         raise
     except BaseException as error:
         _report(error)
-    finally:
-        vars(main_module).setdefault("__ulnet_main__", before)
     return 0
+
+
+def _fresh_main() -> types.ModuleType:
+    """An empty ``__main__``, as the interpreter makes one."""
+    module = types.ModuleType("__main__")
+    vars(module).update(__builtins__=sys.modules["builtins"], __annotations__={})
+    _before.append(sys.modules["__main__"])
+    sys.modules["__main__"] = module
+    return module
 
 
 def _fail(reason: object) -> int:
@@ -116,7 +121,7 @@ def _run(chosen: argparse.Namespace, arguments: list[str], module: types.ModuleT
         exec(compile(chosen.code, "<string>", "exec", dont_inherit=True), vars(module))
     elif os.path.isdir(chosen.program) or _is_archive(chosen.program):
         sys.argv = [chosen.program, *arguments]
-        _set_path(chosen.program)
+        _set_path(os.path.abspath(chosen.program))
         cast(Any, runpy)._run_module_as_main("__main__", alter_argv=False)
     else:
         sys.argv = [chosen.program, *arguments]
@@ -138,10 +143,11 @@ def _is_archive(path: str) -> bool:
 
 
 def _run_file(path: str, module: types.ModuleType) -> None:
-    with io.open_code(os.path.abspath(path)) as file:
+    path = os.path.abspath(path)
+    with io.open_code(path) as file:
         code = pkgutil.read_code(cast(Any, file))  # a .pyc
     if code is None:
-        with io.open_code(os.path.abspath(path)) as file:
+        with io.open_code(path) as file:
             code = compile(file.read(), path, "exec", dont_inherit=True)
     vars(module).update(
         __file__=path,

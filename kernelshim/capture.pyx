@@ -319,6 +319,9 @@ cdef class CaptureLink(Link):
             "capture_failed": self.state.failed,
         }
 
+    def close_fd(self) -> None:
+        self.inner.close_fd()
+
     def close(self) -> None:
         """End the capture and close the inner link."""
         try:

@@ -557,6 +557,9 @@ cdef class FaultLink(Link):
         and under_way."""
         return self.inner.counters() | path_counters("tx", &self.state.tx) | path_counters("rx", &self.state.rx)
 
+    def close_fd(self) -> None:
+        self.inner.close_fd()
+
     def close(self) -> None:
         """Drop what is under way and close the inner link."""
         with nogil:

@@ -117,5 +117,8 @@ cdef class Link:
         if code < 0:
             raise OSError(-code, os.strerror(-code))
 
+    def close_fd(self) -> None:
+        """In a forked child: give up what would keep the parent's link alive, and touch nothing that both share."""
+
     def close(self) -> None:
         """Give the link's resources back. Frames still held become invalid."""

@@ -30,6 +30,7 @@ ctypedef struct pk_ctx:
     uint32_t pending                # slot served without a token; given back at the next recv
     uint32_t soft                   # held slot shown to the kernel as free while we are idle
     uint32_t barrier                # slot that keeps the kernel from reaching `soft`
+    uint8_t forked                  # 1: a child's copy; of the mappings only evacuated frames are there
     uint8_t barrier_own             # 1: the barrier slot is held by nobody else
     sockaddr_ll to_device
     sockaddr_ll to_loopback

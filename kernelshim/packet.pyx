@@ -43,6 +43,7 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *at, size_t length, int protection, int flags, int fd, long offset)
     int munmap(void *at, size_t length)
+    int madvise(void *at, size_t length, int advice)
     void *mremap(void *at, size_t old_length, size_t new_length, int flags, void *to)
     enum:
         PROT_READ
@@ -52,6 +53,7 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_ANONYMOUS
         MREMAP_MAYMOVE
         MREMAP_FIXED
+        MADV_DONTFORK
     void *MAP_FAILED
 
 cdef extern from "<unistd.h>" nogil:
@@ -172,6 +174,9 @@ cdef int map_ring(pk_ctx *c, uint8_t **where) noexcept nogil:
     c.syscalls += 1
     if at == MAP_FAILED:
         return -errno
+    # A child's copy of the mapping would keep the socket open, and could disturb the ring.
+    madvise(at, c.slots * c.slot_bytes, MADV_DONTFORK)
+    c.syscalls += 1
     where[0] = <uint8_t *>at
     return 0
 
@@ -552,8 +557,25 @@ cdef class PacketLink(Link):
                 counted["tx_" + _errno.errorcode.get(number, str(number))] = c.tx_errno[number]
         return counted
 
+    def close_fd(self) -> None:
+        """In a forked child: let go of the socket. The ring was not copied; frames evacuated before stay readable."""
+        cdef pk_ctx *c = &self.c
+        if c.fd >= 0:
+            c_close(c.fd)
+        c.fd = -1
+        self.ops.fd = -1
+        c.forked = 1
+        c.ring = c.spare = NULL
+
     cdef void _shut(self) noexcept:
         cdef pk_ctx *c = &self.c
+        cdef uint32_t slot
+        if c.forked and c.lend != NULL:
+            # Elsewhere in its range other mappings may lie by now.
+            for slot in range(c.slots):
+                if c.state[slot] == PK_EVACUATED or c.state[slot] == PK_STALE:
+                    munmap(c.lend + slot * c.slot_bytes, c.slot_bytes)
+            c.lend = NULL
         drop_spare(c)
         if c.lend != NULL:
             munmap(c.lend, c.slots * c.slot_bytes)

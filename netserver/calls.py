@@ -20,7 +20,7 @@ from ulnet.kernelshim.channel import ChannelGrant
 from ulnet.netserver import report
 from ulnet.netserver.records import UDP, Application, Refusal, SessionRecord
 from ulnet.netserver.resolver import Resolver
-from ulnet.netserver.sessions import SessionTable
+from ulnet.netserver.shared import SharedTable
 from ulnet.stack import protocol as p
 from ulnet.stack.statpage import StatPage
 
@@ -42,9 +42,7 @@ class Channels(Protocol):
 class Calls:
     """Handlers of the service port, and the applications behind it."""
 
-    def __init__(
-        self, hub: Hub, table: Callable[[Calls], SessionTable], resolver: Resolver, channels: Channels
-    ) -> None:
+    def __init__(self, hub: Hub, table: Callable[[Calls], SharedTable], resolver: Resolver, channels: Channels) -> None:
         self.hub = hub
         self.task = hub.local_task()
         self.channels = channels
@@ -64,6 +62,16 @@ class Calls:
             p.Call.ACCEPTED: lambda app, record, message: self.table.accepted(app, record),
             p.Call.RESOLVE: self._resolve,
             p.Call.STRAY: self._stray,
+            p.Call.SHARE: self._share,
+            p.Call.REQUEUE: self._requeue,
+            p.Call.FORK: self._fork,
+            p.Call.HOLD: self._hold,
+            p.Call.RELEASE: self._release,
+            p.Call.PROMOTE: self._promote,
+            p.Call.CLAIM: self._claim,
+            p.Call.PUBLISH: self._publish,
+            p.Call.STATUS: lambda app, record, message: self._reply(message, self.table.status(app, record.session)),
+            p.Call.OPTION: self._option,
         }
 
     def start(self, counters: Callable[[], dict[str, Any]]) -> None:
@@ -195,6 +203,8 @@ class Calls:
         app = Application(sender, self._serial, _process_name(sender.pid), message.rights[0].name, channel, stats)
         message.rights = ()  # kept
         self.applications[sender.task] = app
+        if request.heir:
+            self.table.adopt(app, request.heir)
         attached, fds = self.channels.attached(app)
         try:
             self.task.reply(message, attached.pack(), fds=fds)
@@ -247,7 +257,7 @@ class Calls:
         def done(record: SessionRecord, error: int, state: bytes) -> None:
             named = record.number in self.table.records
             reply = p.Connected(error, record.number, record.laddr, record.lport if named else 0)
-            self._reply(message, reply, ool=[] if error else [state])
+            self._reply(message, reply, ool=[state] if state else [])
 
         next_hop = self.resolver.route(request.address)
         record = self.table.connect(app, request, done)
@@ -262,9 +272,7 @@ class Calls:
         self._reply(message, p.Status(0))
 
     def _return(self, app: Application, request: p.Return, message: Message) -> None:
-        if len(message.ool) != 1 or len(message.ool[0]) > p.MAX_STATE_BYTES:
-            raise p.ProtocolError("a returned session comes with its state and nothing else")
-        self.table.take_back(app, request.session, bytes(message.ool[0]))
+        self.table.take_back(app, request.session, _state(message))
 
     def _forget(self, app: Application, request: p.Forget, message: Message) -> None:
         self.table.forget(app, request)
@@ -276,6 +284,48 @@ class Calls:
 
     def _resolve(self, app: Application, request: p.Resolve, message: Message) -> None:
         self.resolver.ask(app, request.address, lambda error: self._reply(message, p.Status(error)))
+
+    # -- shared sessions -----------------------------------------------------------------------
+
+    def _share(self, app: Application, request: p.Share, message: Message) -> None:
+        if len(message.ool) > 1:
+            raise p.ProtocolError("a shared session comes with its state and nothing else")
+        # Copies are made of the descriptors that stay; _tidy closes these.
+        self.table.share(app, request.session, _state(message) if message.ool else None, message.fds)
+
+    def _requeue(self, app: Application, request: p.Requeue, message: Message) -> None:
+        self.table.requeue(app, request, _state(message))
+
+    def _fork(self, app: Application, request: p.Nothing, message: Message) -> None:
+        heir, lifeline = self.table.fork(app)
+        with lifeline:  # lost with the reply, it ends the heir
+            self._reply(message, p.Forked(0, heir.token, len(heir.sessions)), fds=[lifeline.fileno()])
+
+    def _hold(self, app: Application, request: p.Nothing, message: Message) -> None:
+        self._reply(message, self.table.info(self.table.hold(app, message.fds)))
+
+    def _release(self, app: Application, request: p.Release, message: Message) -> None:
+        self.table.release(app, request.session, abort=request.abort)
+        if message.remote:  # the library waits, so that the name is free when its close() returns
+            self.table.run_relays()
+            self.table.drive()
+            self._reply(message, p.Status(0))
+
+    def _promote(self, app: Application, request: p.Shared, message: Message) -> None:
+        def reply(state: bytes | None, fd: int) -> None:
+            self._reply(message, p.Status(0), ool=[] if state is None else [state], fds=[fd])
+
+        self.table.promote(app, request.session, reply)
+
+    def _claim(self, app: Application, request: p.Shared, message: Message) -> None:
+        self._reply(message, p.Status(0), ool=[self.table.claim(app, request.session)])
+
+    def _publish(self, app: Application, request: p.Publish, message: Message) -> None:
+        self.table.publish(app, request)
+        self._reply(message, p.Status(0))
+
+    def _option(self, app: Application, request: p.Option, message: Message) -> None:
+        self._reply(message, p.OptionValue(0, self.table.option(app, request)))
 
     # -- what the table says by itself ---------------------------------------------------------
 
@@ -292,10 +342,16 @@ class Calls:
         return {
             "tables": self.table.totals() | {"applications": len(self.applications), "tasks": len(self.hub.tasks())},
             "calls": dict(self.counters),
-            "sessions": dict(self.table.counters),
+            "sessions": dict(self.table.counters + Counter(self.table.relayed())),
             "ipc": {str(k): v for k, v in self.hub.counters.items()},
             **self._extra(),
         }
+
+
+def _state(message: Message) -> bytes:
+    if len(message.ool) != 1 or len(message.ool[0]) > p.MAX_STATE_BYTES:
+        raise p.ProtocolError("a session comes with its state and nothing else")
+    return bytes(message.ool[0])
 
 
 def _process_name(pid: int) -> str:

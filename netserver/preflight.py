@@ -11,6 +11,7 @@ import errno
 import ipaddress
 import os
 import re
+import resource
 import socket
 import struct
 import time
@@ -105,6 +106,13 @@ def check_privilege() -> None:
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).close()
     except PermissionError:  # capable, but in a user namespace that does not own this network namespace
         raise SetupError(f"no privilege over this network namespace: {need}") from None
+
+
+def raise_descriptor_limit() -> None:
+    """Each shared session is a descriptor: as many as the system allows this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def find_interface(name: str) -> Interface:

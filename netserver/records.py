@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import Counter
+import socket
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +14,7 @@ from ulnet.stack.ports import Name
 if TYPE_CHECKING:
     from ulnet.ipc import Sender
     from ulnet.kernelshim.channel import ChannelGrant
+    from ulnet.stack.relay import Relay
     from ulnet.stack.session import Session
     from ulnet.stack.statpage import StatPage
 
@@ -32,6 +34,7 @@ class Place(enum.Enum):
     LISTENING = "listening"  # the server's engine answers
     APPLICATION = "application"
     SERVER = "server"  # given back: FIN exchange, TIME-WAIT
+    SHARED = "shared"  # the server's engine runs it for the holders of a descriptor (netserver/shared.py)
 
 
 class Refusal(OSError):
@@ -67,6 +70,36 @@ class Application:
 
 
 @dataclasses.dataclass(eq=False)
+class Heir:
+    """A child process between its fork and its own attachment: it holds what its parent shared then."""
+
+    token: int
+    pid: int  # its parent's
+    uid: int
+    lifeline: socket.socket  # the server's end; its hang-up is the child's end
+    sessions: dict[int, SessionRecord] = dataclasses.field(default_factory=dict)
+
+
+Holder = Application | Heir
+
+
+@dataclasses.dataclass(eq=False)
+class Share:
+    """What the server knows of a shared session beyond its record."""
+
+    what: Place  # it is: NAMED, CONNECTING, LISTENING, or open (APPLICATION)
+    pair: tuple[int, int]  # device and inode of the users' end
+    uid: int  # who shared it
+    relay: Relay | None  # None: over
+    holders: set[Holder] = dataclasses.field(default_factory=set)
+    public: bool = False  # others may have the descriptor: never promoted
+    transit: int = 0  # descriptors on their way to processes that will hold it
+    # Listening: connections not announced yet; those announced by number, and since when nobody claims what was read.
+    waiting: deque[SessionRecord] = dataclasses.field(default_factory=deque)
+    announced: dict[int, tuple[SessionRecord, int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
 class SessionRecord:
     """One session, wherever it is managed."""
 
@@ -80,6 +113,8 @@ class SessionRecord:
     engine_session: Session | None = None
     flow: Flow | None = None  # turned to the owner's channel
     guarded: bool = False
+    share: Share | None = None
+    listener: SessionRecord | None = None  # announced by this shared listener, not claimed yet
     # Connecting: called once with an errno or with the state.
     done: Callable[[SessionRecord, int, bytes], None] | None = None
     # Listening: sessions that may be pushed now, and at most.
@@ -88,6 +123,8 @@ class SessionRecord:
     # Handed over: where the stream stood then, for a reset before the library wrote its first status record.
     snd_nxt: int = 0
     rcv_nxt: int = 0
+    # Who managed it lately, by serial, and until when frames from there are believed.
+    former: dict[int, int] = dataclasses.field(default_factory=dict)
     # Frames the library sent after giving the session back, should they overtake the state.
     early: list[bytes] = dataclasses.field(default_factory=list)
 

@@ -46,24 +46,32 @@ def sessions(table: SessionTable, applications: Iterable[Application]) -> list[d
 
 
 def _row(record: SessionRecord) -> dict[str, Any]:
-    owner = record.owner
     state = {
         Place.NAMED: "CLOSED",
         Place.CONNECTING: "SYN-SENT",
         Place.LISTENING: "LISTEN",
         Place.APPLICATION: "OPEN" if record.protocol == UDP else "ESTABLISHED",
         Place.SERVER: "CLOSING",
-    }[record.place]
+    }[record.share.what if record.share and record.place is Place.SHARED else record.place]
     return {
         "id": record.number,
         "proto": PROTOCOL_NAMES[record.protocol],
         "local": f"{record.laddr}:{record.lport}",
         "remote": f"{record.peer[0]}:{record.peer[1]}" if record.peer else None,
         "state": state,
-        "owner": {"pid": owner.pid, "name": owner.name} if owner is not None else None,
+        "owner": _owner(record),
         "place": record.place.value,
         **dict.fromkeys(_FIGURES, 0),
     }
+
+
+def _owner(record: SessionRecord) -> dict[str, Any] | None:
+    if record.owner is not None:
+        return {"pid": record.owner.pid, "name": record.owner.name}
+    share = record.share
+    if share is None or (share.relay is None and not share.holders):
+        return None
+    return {"pid": min((holder.pid for holder in share.holders), default=0), "name": f"shared: {len(share.holders)}"}
 
 
 def _unrecorded(figures: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ulnet.netserver.calls import Calls
 from ulnet.netserver.preflight import SetupError
 from ulnet.netserver.records import Application
 from ulnet.netserver.resolver import Resolver
-from ulnet.netserver.sessions import SessionTable
+from ulnet.netserver.shared import SharedTable
 from ulnet.stack import protocol as p
 from ulnet.stack.engine import Engine
 from ulnet.stack.metastate import Metastate
@@ -66,6 +66,7 @@ class NetServer:
         preflight.check_socket_path(self.path)
         self._stopping = False
         self._status = 0
+        preflight.raise_descriptor_limit()
         with ExitStack() as undo:
             undo.callback(preflight.claim_address(self.address).close)
             if probe and self.interface.up:
@@ -95,6 +96,7 @@ class NetServer:
         undo.callback(self.engine.close)
         self.resolver = Resolver(self.engine, self.meta)
         self.calls = Calls(self.hub, self._table, self.resolver, self)
+        undo.callback(self.calls.table.close)
         undo.callback(self._end_sessions)
         self.watch = watch.Watch()
         undo.callback(self.watch.close)
@@ -102,13 +104,15 @@ class NetServer:
         undo.callback(os.close, self._wake_r)
         undo.callback(os.close, self._wake_w)
         self._poll = select.poll()
-        for fd in (self.hub.fileno(), self.link.fileno(), self.watch.fileno(), self._wake_r):
+        table = self.calls.table
+        descriptors = (self.hub, self.link, self.watch, table.relays, table.heirs)
+        for fd in (*(part.fileno() for part in descriptors), self._wake_r):
             self._poll.register(fd, select.POLLIN)
         self.calls.start(self._counters)
         self.engine.announce()
 
-    def _table(self, calls: Calls) -> SessionTable:
-        return SessionTable(self.address.address, self.engine, self.demux, self.guard, calls.deliver, calls.forward)
+    def _table(self, calls: Calls) -> SharedTable:
+        return SharedTable(self.address.address, self.engine, self.demux, self.guard, calls.deliver, calls.forward)
 
     # -- channels, for attaching ---------------------------------------------------------------
 
@@ -151,17 +155,27 @@ class NetServer:
         deadline = self.engine.deadline_ns()
         if deadline is not None:
             timeout_s = min(timeout_s, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
+        relays_s = self.calls.table.wait_s()
+        if relays_s is not None:
+            timeout_s = min(timeout_s, relays_s)
         # Rounded up: a poll that ends just before a timer is due would turn once for nothing.
         ready = {fd for fd, _ in self._poll.poll(-(-timeout_s * 1e3 // 1))}
         if self._wake_r in ready:
             os.read(self._wake_r, 4096)
+        table = self.calls.table
         self.engine.poll()
-        self.calls.table.drive()
+        if table.relays.fileno() in ready or table.wait_s() is not None:
+            table.run_relays()
+        table.drive()
+        if table.heirs.fileno() in ready:
+            table.look_at_lifelines()
         if self.hub.fileno() in ready:
             self.hub.poll(0)
             # A call may have left events of its own (a connection to this very address is there at once).
             self.engine.poll()
-            self.calls.table.drive()
+            if table.relays.pending:
+                table.run_relays()
+            table.drive()
         self.resolver.check()
         if self.watch.fileno() in ready:
             self._look_around()

@@ -15,11 +15,11 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from ipaddress import IPv4Address
 from typing import Any, Final
 
 from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.guard import Guard
+from ulnet.netserver.flows import flow_of_stray, wire
 from ulnet.netserver.records import TCP, UDP, Application, Flow, Place, Refusal, SessionRecord
 from ulnet.stack import protocol as p
 from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine
@@ -32,6 +32,7 @@ log = logging.getLogger("ulnet.netserver")
 SESSIONS_PER_APPLICATION: Final = 16_384  # records of a status page
 QUARANTINE_NS: Final = 60_000_000_000  # RFC 9293 (3.4.1) asks for 2 MSL; 60 s as Linux's TIME-WAIT
 EARLY_FRAMES: Final = 64
+FORMER_NS: Final = 10_000_000_000  # a library forwards frames of what it gave away for 2 s; messages take their time
 TCP_CLOSED: Final = 0  # tcp_stat.state
 
 
@@ -59,6 +60,7 @@ class SessionTable:
         self.counters: Counter[str] = Counter()
         self.records: dict[int, SessionRecord] = {}
         self._flows: dict[Flow, SessionRecord] = {}  # sessions with a peer, wherever they are
+        self._numbers = 0  # of connections accepted for nobody in particular
         self._deliver = deliver
         self._events: deque[tuple[int, Session, int]] = deque()
         self._forward = forward
@@ -165,25 +167,11 @@ class SessionTable:
         record = self._own(app, number)
         if record.place is not Place.APPLICATION or record.protocol != TCP:
             raise Refusal(errno.EINVAL, f"a session that is {record.place.value} cannot be returned", violation=True)
-        session = self.engine.new_session(TCP)
-        try:
-            if p.flow_of_state(state) != record.key:
-                raise ValueError("it is another session's")
-            # The state first, then the flow: in between frames reach the application, which forwards them.
-            self._forget_foreign(record)
-            self.engine.import_session(session, state, number)
-        except (OSError, ValueError) as error:
-            self._end(record, reset=True)
-            raise Refusal(errno.EINVAL, f"the state of {record} is not valid: {error}", violation=True) from None
-        self._turn_back(record)
-        self._unguard(record)
+        session = self._import(app, record, state)
         app.sessions.pop(number)
-        record.owner = None
         record.place = Place.SERVER
         record.engine_session = None  # the engine finishes by itself and says EV_GONE
-        early, record.early = record.early, []
-        for frame in early:
-            self.engine.inject(frame)
+        self._replay_early(record)
         self.engine.close_session(session)
         self.counters["returned"] += 1
 
@@ -194,22 +182,26 @@ class SessionTable:
             # Honest: a connect failed while its socket was closed.
             self.counters["forgotten_unknown"] += 1
             return
+        if record.owner is not app:
+            raise Refusal(errno.EINVAL, f"{record} is shared: release it", violation=True)
         self._end(record, reset=request.reset)
 
     def strays(self, app: Application, frames: Iterable[bytes]) -> None:
         """Frames that reached the application after it gave their session back."""
         for frame in frames:
             flow = flow_of_stray(frame)
-            record = self._flows.get(flow) if flow is not None else None
-            if record is None or record.number >> 32 != app.serial:
+            record = self._record_of(flow)
+            lately = record is not None and record.former.get(app.serial, 0) > time.monotonic_ns()
+            if record is not None and record.owner is app and not lately and len(record.early) < EARLY_FRAMES:
+                record.early.append(frame)
+            elif record is None or not lately:
                 self.counters["strays_refused"] += 1
-            elif record.place is Place.SERVER:
+            elif record.owner is None:
                 self.counters["strays_in"] += 1
                 self.engine.inject(frame)
-            elif record.owner is app and len(record.early) < EARLY_FRAMES:
-                record.early.append(frame)
-            else:
-                self.counters["strays_refused"] += 1
+            else:  # another application has it now, or the same one again
+                self.counters["strays_out"] += 1
+                self._forward(record.owner, [frame])
 
     def application_ended(self, app: Application) -> None:
         """Its death, or its leave: reset the peers of what it held, delay the reuse of those endpoints."""
@@ -221,6 +213,8 @@ class SessionTable:
         for record in list(app.sessions.values()):
             # UDP has no connection that old packets could disturb: a server that crashed may bind again at once.
             quarantine_ns = QUARANTINE_NS if record.protocol == TCP else 0
+            if record.owner is not app:
+                continue  # shared: the others go on with it
             self._end(record, reset=True, quarantine_ns=quarantine_ns, last=last.get(record.number))
 
     # -- the engine's side ---------------------------------------------------------------------
@@ -230,15 +224,18 @@ class SessionTable:
         self._collect()
         while self._events:
             kind, session, value = self._events.popleft()
-            if kind == EV_CONNECTED:
-                self._on_connected(session)
-            elif kind == EV_FAILED:
-                self._on_failed(session, value)
-            elif kind == EV_ACCEPTED:
-                record = self.records.get(session.session_id)
-                if record is not None and record.place is Place.LISTENING:
-                    self._pump(record)
+            record = self.records.get(session.session_id)
+            if record is not None:
+                self._obey(kind, record, value)
             self._collect()
+
+    def _obey(self, kind: int, record: SessionRecord, value: int) -> None:
+        if kind == EV_CONNECTED and record.place is Place.CONNECTING:
+            self._on_connected(record)
+        elif kind == EV_FAILED and record.place is Place.CONNECTING:
+            self._on_failed(record, value)
+        elif kind == EV_ACCEPTED and record.place is Place.LISTENING:
+            self._pump(record)
 
     def _collect(self) -> None:
         """Fetch the engine's events. What is gone leaves the tables at once, before a new connection has its names."""
@@ -250,10 +247,7 @@ class SessionTable:
             elif session is not None:
                 self._events.append((kind, session, value))
 
-    def _on_connected(self, session: Session) -> None:
-        record = self.records.get(session.session_id)
-        if record is None or record.place is not Place.CONNECTING:
-            return
+    def _on_connected(self, record: SessionRecord) -> None:
         done, record.done = record.done, None
         assert done is not None
         try:
@@ -264,10 +258,7 @@ class SessionTable:
             return
         done(record, 0, state)
 
-    def _on_failed(self, session: Session, error: int) -> None:
-        record = self.records.get(session.session_id)
-        if record is None or record.place is not Place.CONNECTING:
-            return
+    def _on_failed(self, record: SessionRecord, error: int) -> None:
         done, record.done = record.done, None
         self._connect_failed(record)
         if done is not None:
@@ -282,14 +273,34 @@ class SessionTable:
 
     def _pump(self, listener: SessionRecord) -> None:
         """Push established sessions as far as the credit goes; the rest wait in the engine's queue."""
+        app = listener.owner
+        assert app is not None
+        while listener.credit > 0 and (record := self._accept(listener)) is not None:
+            self._push(app, listener, record)
+
+    def _push(self, app: Application, listener: SessionRecord, record: SessionRecord) -> None:
+        try:
+            state = self._hand_over(record)
+        except OSError as error:
+            log.warning("session %s could not be handed over: %s", record, error)
+            self._end(record, reset=True)
+            return
+        listener.credit -= 1
+        if self._deliver(app, listener, record, state):
+            self.counters["delivered"] += 1
+        else:
+            self._end(record, reset=True)
+
+    def _accept(self, listener: SessionRecord) -> SessionRecord | None:
+        """The oldest established session of a listener's queue, with its name; its owner is the listener's, if any."""
         app, queue = listener.owner, listener.engine_session
-        assert app is not None and queue is not None
-        while listener.credit > 0 and (session := self.engine.accept(queue)) is not None:
+        assert queue is not None
+        while (session := self.engine.accept(queue)) is not None:
             self._collect()
             if not session.live or session.peer is None:
                 self.counters["accepted_dead"] += 1
                 continue
-            if len(app.sessions) >= SESSIONS_PER_APPLICATION:
+            if app is not None and len(app.sessions) >= SESSIONS_PER_APPLICATION:
                 self.counters["accepted_refused"] += 1
                 self.engine.close_session(session, linger_abort=True)
                 continue
@@ -300,30 +311,27 @@ class SessionTable:
                 self.counters["accepted_refused"] += 1
                 self.engine.close_session(session, linger_abort=True)
                 continue
-            app.numbers = app.numbers % (p.SERVER_NUMBER - 1) + 1
-            number = app.serial << 32 | p.SERVER_NUMBER | app.numbers
-            session.session_id = number
+            session.session_id = number = self._number_for(app)
             record = SessionRecord(number, TCP, app, Place.CONNECTING, name, listener.laddr, session.peer, session)
             self._enter(record)
             self._flows[record.key] = record
-            try:
-                state = self._hand_over(record)
-            except OSError as error:
-                log.warning("session %s could not be handed over: %s", record, error)
-                self._end(record, reset=True)
-                continue
-            listener.credit -= 1
-            if self._deliver(app, listener, record, state):
-                self.counters["delivered"] += 1
-            else:
-                self._end(record, reset=True)
+            return record
+        return None
+
+    def _number_for(self, app: Application | None) -> int:
+        """A number of the server's half. No application has serial 0."""
+        if app is None:
+            self._numbers = self._numbers % (p.SERVER_NUMBER - 1) + 1
+            return p.SERVER_NUMBER | self._numbers
+        app.numbers = app.numbers % (p.SERVER_NUMBER - 1) + 1
+        return app.serial << 32 | p.SERVER_NUMBER | app.numbers
 
     def _strays_from_engine(self, frames: list[bytes]) -> None:
         """Frames that were in the server's ring when their session was handed over."""
         batches: dict[Application, list[bytes]] = {}
         for frame in frames:
             flow = flow_of_stray(frame)
-            record = self._flows.get(flow) if flow is not None else None
+            record = self._record_of(flow)
             if record is None or record.owner is None or record.place is not Place.APPLICATION:
                 self.counters["strays_lost"] += 1
             else:
@@ -334,6 +342,42 @@ class SessionTable:
 
     # -- moving --------------------------------------------------------------------------------
 
+    def _record_of(self, flow: Flow | None) -> SessionRecord | None:
+        if flow is None:
+            return None
+        record = self._flows.get(flow)
+        if record is None and flow[0] == UDP:  # from anybody
+            record = self._flows.get((*flow[:3], "", 0))
+        return record
+
+    def _import(self, app: Application, record: SessionRecord, state: bytes) -> Session:
+        """Into the engine with what an application gave back. Rubbish costs it the session."""
+        session = self.engine.new_session(record.protocol)
+        try:
+            protocol, laddr, lport, raddr, rport = p.flow_of_state(state)
+            if (protocol, laddr, lport, raddr if rport else "", rport) != record.key:
+                raise ValueError("it is another session's")
+            # The state first, then the flow: in between frames reach the application, which forwards them.
+            self._forget_foreign(record)
+            self.engine.import_session(session, state, record.number)
+        except (OSError, ValueError) as error:
+            self._end(record, reset=True)
+            raise Refusal(errno.EINVAL, f"the state of {record} is not valid: {error}", violation=True) from None
+        if record.protocol == TCP:
+            self._turn_back(record)
+        elif record.flow is not None:
+            # It stays in the map: another holder of the port may take datagrams from everybody.
+            self.demux.move_flow(*wire(record.flow), 0)
+        self._unguard(record)
+        record.owner = None
+        record.former[app.serial] = time.monotonic_ns() + FORMER_NS
+        return session
+
+    def _replay_early(self, record: SessionRecord) -> None:
+        early, record.early = record.early, []
+        for frame in early:
+            self.engine.inject(frame)
+
     def _hand_over(self, record: SessionRecord) -> bytes:
         """The state of an established session; from here on the owner's library manages it."""
         session, app = record.engine_session, record.owner
@@ -343,8 +387,9 @@ class SessionTable:
         self.engine.poll()  # drain the server's ring: what came before the turn belongs into the state
         if not session.live:
             raise OSError(session.take_error() or errno.ECONNRESET, "ended during the hand-over")
-        stat = session.stat()
-        record.snd_nxt, record.rcv_nxt = stat["snd_nxt"], stat["rcv_nxt"]
+        if record.protocol == TCP:
+            stat = session.stat()
+            record.snd_nxt, record.rcv_nxt = stat["snd_nxt"], stat["rcv_nxt"]
         state = self.engine.export_session(session)
         record.engine_session = None
         record.place = Place.APPLICATION
@@ -379,25 +424,29 @@ class SessionTable:
         old = record.key
         if old == key:
             return
-        self.demux.add_flow(*_wire(key), self._channel(record))
-        self.demux.remove_flow(*_wire(old))
+        if record.share is not None:
+            assert record.engine_session is not None
+            self.engine.open_udp(record.engine_session, record.laddr, record.lport, *peer)
+        self._forget_foreign(record)
+        self.demux.add_flow(*wire(key), self._channel(record))
+        self.demux.remove_flow(*wire(old))
         self._flows.pop(old, None)
         record.peer = peer
         record.flow = key
         self._flows[key] = record
 
     def _turn(self, record: SessionRecord) -> None:
-        self.demux.add_flow(*_wire(record.key), self._channel(record))
+        lead = self.demux.add_flow if record.flow is None else self.demux.move_flow
+        lead(*wire(record.key), self._channel(record))
         record.flow = record.key
 
     def _turn_back(self, record: SessionRecord) -> None:
         if record.flow is not None:
             flow, record.flow = record.flow, None
-            self.demux.remove_flow(*_wire(flow))
+            self.demux.remove_flow(*wire(flow))
 
     def _channel(self, record: SessionRecord) -> int:
-        assert record.owner is not None
-        return record.owner.channel.channel_id
+        return record.owner.channel.channel_id if record.owner is not None else 0
 
     def _guard(self, record: SessionRecord) -> None:
         app = record.owner
@@ -427,7 +476,7 @@ class SessionTable:
         """A session ends out of turn, wherever it is. ``last``: its status record, where it is known already."""
         held = record.place is Place.APPLICATION and record.protocol == TCP
         done, record.done = record.done, None
-        if record.place is Place.CONNECTING or record.place is Place.LISTENING:
+        if record.place in (Place.CONNECTING, Place.LISTENING, Place.SHARED):
             if record.engine_session is not None and record.engine_session.live:
                 self.engine.close_session(record.engine_session, linger_abort=True)
         elif held:
@@ -435,7 +484,7 @@ class SessionTable:
             self._forget_foreign(record)
             if reset:
                 self._reset(record, last)
-        if record.place is Place.LISTENING:
+        if record.place is Place.LISTENING or record.place is Place.SHARED:
             quarantine_ns = 0  # no stream, nothing that could be taken for an old segment
         self._drop(record, quarantine_ns)
         if done is not None:
@@ -469,8 +518,8 @@ class SessionTable:
         record.place = Place.NAMED
 
     def _forget_foreign(self, record: SessionRecord) -> None:
-        assert record.peer is not None
-        self.engine.forget_flow(TCP, record.laddr, record.lport, *record.peer)
+        raddr, rport = record.peer or (None, 0)
+        self.engine.forget_flow(record.protocol, record.laddr, record.lport, raddr, rport)
 
     def _enter(self, record: SessionRecord) -> None:
         self.records[record.number] = record
@@ -487,6 +536,8 @@ class SessionTable:
                 log.error("%s of %s: %s", step.__name__, record, error)
         if self._flows.get(record.key) is record:
             del self._flows[record.key]
+            if record.protocol == UDP:
+                self._forget_foreign(record)
         self.records.pop(record.number, None)
         if record.owner is not None:
             record.owner.sessions.pop(record.number, None)
@@ -535,31 +586,3 @@ class SessionTable:
             "quarantined": len(self.ports.quarantined()),
             "engine_flows": self.engine.counters()["flows"],
         }
-
-
-def _wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:
-    """A flow as the demultiplexer wants it."""
-    protocol, laddr, lport, raddr, rport = flow
-    return protocol, IPv4Address(laddr), lport, IPv4Address(raddr) if raddr else None, rport
-
-
-def flow_of_stray(stray: bytes) -> Flow | None:
-    """The flow of a stray, as its receiver sees it; None unless it is TCP or UDP over IPv4 over Ethernet."""
-    frame = stray[p.STRAY_HEAD : p.STRAY_HEAD + 14 + 60 + 4]
-    if (
-        len(frame) < 38
-        or len(stray) > p.STRAY_HEAD + p.MAX_FRAME_BYTES
-        or frame[12:14] != b"\x08\x00"
-        or frame[14] >> 4 != 4
-    ):
-        return None
-    transport = 14 + (frame[14] & 15) * 4
-    if frame[23] not in (TCP, UDP) or len(frame) < transport + 4 or transport < 34:
-        return None
-    if int.from_bytes(frame[20:22], "big") & 0x1FFF:
-        return None  # a later fragment has no ports
-    source = ".".join(map(str, frame[26:30]))
-    destination = ".".join(map(str, frame[30:34]))
-    sport = int.from_bytes(frame[transport : transport + 2], "big")
-    dport = int.from_bytes(frame[transport + 2 : transport + 4], "big")
-    return frame[23], destination, dport, source, sport

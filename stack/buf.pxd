@@ -86,12 +86,17 @@ cdef void chunks_free(bufpool *p, txchunk *c) noexcept nogil
 # Called once a burst: keep the ring from running into held slots.
 cdef void bufpool_relieve(bufpool *p) noexcept nogil
 
+# Before a fork: nothing lent or queued lies in the ring any more, as far as there is memory.
+cdef void bufpool_evacuate(bufpool *p) noexcept nogil
+
 # Append payload of `frame` at (data, n). Takes the frame's slot when it is worth it (*held = 1: the
 # caller must not release it), else copies (coalescing into the tail when `stream`). 0 or -ENOMEM.
 cdef int rxq_append(bufpool *p, rxqueue *q, const uint8_t *data, uint32_t n, uint32_t seq,
                     const ul_rx *frame, bint stream, bint *held) noexcept nogil
 # Copy out and consume up to n bytes of a stream; peek leaves them. Returns the bytes copied.
 cdef size_t rxq_read(bufpool *p, rxqueue *q, uint8_t *out, size_t n, bint peek) noexcept nogil
+# Forget the first n bytes of a stream (n at most what there is): they were used where they lie.
+cdef void rxq_drop(bufpool *p, rxqueue *q, size_t n) noexcept nogil
 # Detach the first segment (at most max_bytes of it, the rest stays queued by copy); NULL if empty.
 cdef rxseg *rxq_take(bufpool *p, rxqueue *q, size_t max_bytes) noexcept nogil
 # A segment that stands in no queue (reassembly), made as rxq_append makes them; NULL: no memory.
@@ -104,6 +109,10 @@ cdef void rxq_clear(bufpool *p, rxqueue *q) noexcept nogil
 cdef int txq_append_copy(bufpool *p, txqueue *q, const uint8_t *data, size_t n) noexcept nogil
 # Takes a reference to owner (GIL held by the caller).
 cdef int txq_append_hold(bufpool *p, txqueue *q, const uint8_t *data, size_t n, object owner)
+# A block of 64 KiB in no queue (len_bytes 0: its owner fills it), into a queue, or back. NULL: no memory.
+cdef txchunk *txchunk_new(bufpool *p) noexcept nogil
+cdef void txq_append_chunk(txqueue *q, txchunk *c) noexcept nogil
+cdef void txchunk_free(bufpool *p, txchunk *c) noexcept nogil
 cdef void txq_drop(bufpool *p, txqueue *q, uint64_t n) noexcept nogil
 # Fill iov with bytes [off, off+n) of the queue; returns the pieces used (at most max_iov) and in
 # *filled_bytes how much they cover.

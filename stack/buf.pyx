@@ -206,6 +206,22 @@ cdef void bufpool_relieve(bufpool *p) noexcept nogil:
         s = following
 
 
+cdef void bufpool_evacuate(bufpool *p) noexcept nogil:
+    cdef rxseg *s = p.held_head
+    cdef rxseg *following
+    if p.link == NULL or not p.link.features & UL_LINK_EVACUATE or p.link.evacuate == NULL:
+        return                       # frames lie in the process's own memory
+    while s != NULL:
+        following = s.held_next
+        if not s.lent:
+            slot_to_heap(p, s)
+        elif p.link.evacuate(p.link.ctx, s.slot) == 0:
+            held_remove(p, s)
+            s.origin = RXSEG_EVACUATED
+            p.evacuated += 1
+        s = following
+
+
 # ---- received segments ----
 
 cdef rxseg *rxseg_new(bufpool *p, const uint8_t *data, uint32_t n, uint32_t seq, const ul_rx *frame,
@@ -349,6 +365,21 @@ cdef size_t rxq_read(bufpool *p, rxqueue *q, uint8_t *out, size_t n, bint peek) 
             q.len_bytes -= part
         s = q.head
     return done
+
+
+cdef void rxq_drop(bufpool *p, rxqueue *q, size_t n) noexcept nogil:
+    cdef rxseg *s
+    while n:
+        s = q.head
+        if n >= s.len_bytes:
+            n -= s.len_bytes
+            rxseg_free(p, rxq_pop(q))
+        else:
+            s.data += n
+            s.len_bytes -= <uint32_t>n
+            s.seq += <uint32_t>n
+            q.len_bytes -= n
+            return
 
 
 cdef rxseg *rxq_take(bufpool *p, rxqueue *q, size_t max_bytes) noexcept nogil:
@@ -496,6 +527,26 @@ cdef int txq_append_hold(bufpool *p, txqueue *q, const uint8_t *data, size_t n, 
         data += part
         n -= part
     return 0
+
+
+cdef txchunk *txchunk_new(bufpool *p) noexcept nogil:
+    cdef int cls = class_of(SUPER_BYTES)
+    cdef txchunk *c = <txchunk *>block_get(p, cls, SUPER_BYTES)
+    if c != NULL:
+        memset(c, 0, sizeof(txchunk))
+        c.block_class = <uint8_t>cls
+        c.cap_bytes = class_room(cls)
+        c.data = <uint8_t *>c + HEADER_BYTES
+    return c
+
+
+cdef void txq_append_chunk(txqueue *q, txchunk *c) noexcept nogil:
+    txq_push(q, c)
+    q.len_bytes += c.len_bytes
+
+
+cdef void txchunk_free(bufpool *p, txchunk *c) noexcept nogil:
+    block_put(p, c.block_class, c)
 
 
 cdef void txq_drop(bufpool *p, txqueue *q, uint64_t n) noexcept nogil:

@@ -239,6 +239,11 @@ def adopt(sock: _ulnet.socket, cls: type[_S]) -> _S:
     return new
 
 
+def rebuild(make: Callable[..., _ulnet.socket], arguments: tuple[Any, ...]) -> socket:
+    """What multiprocessing carried, in the process it came to."""
+    return adopt(make(*arguments), socket)
+
+
 def move(sock: _ulnet.socket) -> _ulnet.socket:
     """``sock`` under another object of its kind, as detach() and socket(fileno=) would do."""
     return adopt(sock, socket if issubclass(type(sock), socket) else _ulnet.socket)

@@ -22,6 +22,7 @@ from types import TracebackType
 from ulnet.kernelshim.link import Link
 from ulnet.kernelshim.memory import memory_pair
 from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine
+from ulnet.stack import forking
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
 from ulnet.stack.ports import TCP, UDP, WILDCARDS, Name, PortTable
@@ -73,6 +74,7 @@ class Embedded(Host):
         self._open: weakref.WeakSet[Session] = weakref.WeakSet()
         self._closed = False
         _hosts.add(self)
+        forking.watch(self)
         if helper:
             self.engine.start_helper()
 
@@ -252,6 +254,12 @@ class Embedded(Host):
                 name = self._names.pop(value, None)
                 if name is not None:
                     self._ports.release(name, now_ns=time.monotonic_ns())
+
+    def after_fork_in_child(self) -> None:
+        """See Host. The link has one owner: nothing of it is the child's."""
+        super().after_fork_in_child()
+        self._closed = True
+        self._lock = threading.Lock()
 
     # -- for programs --------------------------------------------------------------------------
 

@@ -22,6 +22,10 @@ cdef class Engine:
     cdef readonly StatPage stats
     cdef public object resolver          # callable(next hop), or None
     cdef public object on_strays         # callable(list of frames), or None
+    cdef public object on_shared         # callables about sessions placed in the server, or None (engine.pyi)
+    cdef public object on_shared_end
+    cdef public object on_shared_error
+    cdef public object on_shared_option
     cdef object helper_thread
     cdef object __weakref__
     cdef void attend(self) noexcept

@@ -19,6 +19,7 @@ EV_CONNECTED: Final = 1  # an active open reached ESTABLISHED
 EV_FAILED: Final = 2  # it did not; value is the errno
 EV_ACCEPTED: Final = 3  # a listener has a new established session: accept() it
 EV_GONE: Final = 4  # a session closed by close_session() has finished; value is its session id
+EV_RELAY: Final = 5  # a relayed session has news: value is NEWS_* of relay.pyi
 
 class Engine:
     """``library=True``: ARP, ICMP echo, RST for unknown segments and handshakes are the server's matter."""
@@ -31,6 +32,17 @@ class Engine:
     resolver: Callable[[str], None] | None
     # Called from the helper thread or poll() with frames (bytes) of flows exported from here a moment ago.
     on_strays: Callable[[list[bytes]], None] | None
+
+    # Library: of sessions placed in the server (Session.shared). None: they stay there, and errors are the pair's.
+    # Called before each call on a shared session, without its lock; True: share_end() was called, it is ours again.
+    on_shared: Callable[[Session], bool] | None
+    # Called when U is at its end, refuses writing or was reset; raises the session's real error, if there is one.
+    # Else the call goes on as U says: end of file, EPIPE, ECONNRESET.
+    on_shared_end: Callable[[Session], None] | None
+    # take_error(): the pending errno (positive), cleared; 0 if none.
+    on_shared_error: Callable[[Session], int] | None
+    # setopt() and getopt() (value None): the option's value.
+    on_shared_option: Callable[[Session, int, int, int | None], int] | None
 
     def __init__(
         self,
@@ -75,11 +87,19 @@ class Engine:
         """The user is done: TCP goes on to its end inside the engine (FIN, TIME-WAIT) without the handle."""
     def abort_flow(self, laddr: str, lport: int, raddr: str, rport: int, snd_nxt: int, rcv_nxt: int) -> None:
         """Send an RST for a session this engine does not hold (its application died)."""
-    def export_session(self, session: Session) -> bytes:
+    def export_session(self, session: Session, *, finish: bool = False) -> bytes:
         """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
-        frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
-    def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> None: ...
-    def import_session(self, session: Session, state: bytes | bytearray | memoryview, session_id: int) -> None: ...
+        frames for it go to on_strays (library: for 2 s; server: until forget_flow()). ``finish``: the FIN goes out
+        first, unless data is unread (then its taker resets the peer, as BSD does)."""
+    def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str | None, rport: int) -> None: ...
+    def import_session(
+        self,
+        session: Session,
+        state: bytes | bytearray | memoryview,
+        session_id: int,
+        prefix: bytes | bytearray | memoryview = b"",
+    ) -> None:
+        """``prefix``: what was received before the unread data in the state (UDP: datagrams as a state has them)."""
     def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
         """Import an accepted session into a listener's queue (library; the server did the handshake)."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
@@ -92,6 +112,16 @@ class Engine:
         """Server: a flow handed out earlier (restart)."""
     def interrupt(self) -> None:
         """Wake every waiter once (they re-check)."""
+    def before_fork(self) -> None:
+        """All sessions that shall live on in a child are shared. Lent ring memory moves to private pages; from now to
+        after_fork_*() no other thread is inside. Run the hooks below in every case, also when the fork failed."""
+    def after_fork_parent(self) -> None: ...
+    def after_fork_child(self) -> None:
+        """This engine is the parent's: its link is closed here, calls on its sessions raise EBADF, except on shared
+        ones, which work, and on shells; rebind() them to an engine of the child's own."""
+    @property
+    def broken(self) -> bool:
+        """True in a child for the engines of its parent."""
     def sessions(self) -> list[dict[str, Any]]: ...
     def counters(self) -> dict[str, int]:
         """Everything counted: frames, drops by reason, TCP, UDP, ICMP, ARP, buffers, system calls."""

@@ -15,11 +15,13 @@ from ulnet.kernelshim.link cimport UL_SLOT_NONE, Link, ul_rx
 from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
-    ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, PHASE_CONNECTING, PHASE_OPEN,
-    ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_deadline, engine_free,
-    engine_new, engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end, session_insert,
+    ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, EVENT_RELAY, PHASE_CONNECTING,
+    PHASE_OPEN, ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP,
+    USER_STAYED, engine, engine_deadline, engine_free, engine_new, engine_poll, engine_settle, engine_tick, event_rec,
+    frame_rec, session_close, session_end, session_fd_free, session_insert,
     session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
 )
+from ulnet.stack.engine_fork cimport fork_child, fork_parent, fork_prepare, session_rebind
 from ulnet.stack.engine_handover cimport (
     foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import,
 )
@@ -29,10 +31,10 @@ from ulnet.stack.engine_report cimport report_counters, report_sessions
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, helper_run, helper_wake, waiters_wake
 from ulnet.stack.metastate cimport Metastate
 from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
-from ulnet.stack.readyfd cimport readyfd_free
 from ulnet.stack.session cimport Session, fail, session_wrap
+from ulnet.stack.session_shared cimport shared_wake
 from ulnet.stack.statpage cimport StatPage, stat_take
-from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_isn, tcp_open, tcp_out, tcp_state
+from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_isn, tcp_open, tcp_out, tcp_shutdown, tcp_state
 from ulnet.stack.tcp_timer cimport tcp_done
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_new
@@ -46,6 +48,7 @@ EV_CONNECTED = EVENT_CONNECTED
 EV_FAILED = EVENT_FAILED
 EV_ACCEPTED = EVENT_ACCEPTED
 EV_GONE = EVENT_GONE
+EV_RELAY = EVENT_RELAY
 
 cdef enum:
     SNDBUF_BYTES = 4 << 20
@@ -197,6 +200,7 @@ cdef class Engine:
             s = e.all
             while s != NULL:
                 waiters_wake(e, s, 0xFF)
+                shared_wake(s)
                 s = s.all_next
             helper_wake(e)
             engine_unlock(e)
@@ -387,6 +391,10 @@ cdef class Engine:
             engine_lock(e)
             if listener.closing:
                 rc = -EBADF
+            elif listener.role == ROLE_STAYED:
+                rc = -USER_STAYED
+            elif listener.role == ROLE_SHARED:
+                rc = 0                     # others announce its connections now
             elif listener.role != ROLE_LISTEN:
                 rc = listener.so_error if listener.role == ROLE_ENDED and listener.so_error else -EINVAL
             else:
@@ -419,10 +427,7 @@ cdef class Engine:
             engine_tick(e)
             if not s.closing:
                 session_close(e, s, linger_abort)
-                if s.fd != NULL:
-                    e.watched -= 1
-                    readyfd_free(s.fd)
-                    s.fd = NULL
+                session_fd_free(e, s)
                 engine_settle(e)
             engine_left(e)
             engine_unlock(e)
@@ -453,15 +458,22 @@ cdef class Engine:
 
     # ------------------------------------------------------------ hand-over
 
-    def export_session(self, Session session not None):
-        """The whole state of a TCP session as bytes; it lives elsewhere from now on (its handle says EBADF)."""
+    def export_session(self, Session session not None, *, bint finish=False):
+        """The whole state of a session as bytes; it lives elsewhere from now on (its handle says EBADF)."""
         cdef engine *e = self.e
+        cdef ul_session *s = session.s
         cdef uint8_t *out = NULL
         cdef size_t n = 0
         cdef int rc
         with nogil:
             engine_lock(e)
-            rc = handover_export(e, session.s, &out, &n)
+            if finish and s.role == ROLE_TCP and not s.tcp.rcv.len_bytes:
+                # The FIN at once: should this process die before the state arrives, the peer has its end of file.
+                engine_tick(e)
+                tcp_shutdown(&e.env, s.tcp, 1)
+                session_touch(e, s)
+                engine_settle(e)
+            rc = handover_export(e, s, &out, &n)
             engine_unlock(e)
         if rc < 0:
             fail(rc)
@@ -492,9 +504,12 @@ cdef class Engine:
             foreign_forget(e, &flow)
             engine_unlock(e)
 
-    def import_session(self, Session session not None, state, uint64_t session_id):
+    def import_session(self, Session session not None, state, uint64_t session_id, prefix=b""):
         """Take over a session from its exported state. ValueError when the state is malformed."""
         cdef const uint8_t[::1] view = state
+        cdef const uint8_t[::1] front = prefix
+        cdef const uint8_t *f = &front[0] if front.shape[0] else NULL
+        cdef size_t front_bytes = front.shape[0]
         cdef engine *e = self.e
         cdef ul_session *s = session.s
         cdef int rc
@@ -502,7 +517,7 @@ cdef class Engine:
         cdef size_t n = view.shape[0]
         with nogil:
             engine_lock(e)
-            rc = handover_import(e, s, p, n, session_id)
+            rc = handover_import(e, s, p, n, session_id, f, front_bytes)
             engine_unlock(e)
         if rc == -EINVAL:
             raise ValueError(f"session state of {n} bytes is malformed")
@@ -536,7 +551,7 @@ cdef class Engine:
             engine_lock(e)
             if l.role == ROLE_LISTEN:
                 s.cfg = l.cfg
-                rc = handover_import(e, s, p, n, session_id)
+                rc = handover_import(e, s, p, n, session_id, NULL, 0)
             if rc == 0:
                 # The queue has a reference of its own, accept() makes another handle.
                 s.handle = NULL
@@ -609,6 +624,52 @@ cdef class Engine:
             engine_settle(e)
             engine_left(e)
             engine_unlock(e)
+
+    # ------------------------------------------------------------ fork
+
+    def before_fork(self):
+        """No other thread is inside from here to after_fork_*(); lent buffers lie in private memory."""
+        cdef engine *e = self.e
+        with nogil:
+            fork_prepare(e)
+
+    def after_fork_parent(self):
+        fork_parent(self.e)
+
+    def after_fork_child(self):
+        """The engine stays with the parent: here only shared sessions and shells can be used."""
+        cdef ul_session *s
+        fork_child(self.e)
+        self.helper_thread = None
+        self.stats = None
+        self.link.close_fd()
+        s = self.e.all
+        while s != NULL:
+            if s.handle != NULL:
+                (<Session>s.handle).shared_rlock = None     # a thread that is gone may have held it
+            s = s.all_next
+
+    @property
+    def broken(self):
+        return bool(self.e.broken)
+
+    def take_session(self, Session session not None):
+        """Session.rebind()."""
+        cdef engine *former = session.e
+        cdef engine *e = self.e
+        cdef ul_session *s = session.s
+        cdef int err = 0
+        if former == e:
+            return
+        with session.shared_lock:
+            with nogil:
+                s = session_rebind(former, s, e, &err)
+            if s == NULL:
+                fail(err)
+            session.former = session.engine
+            session.engine = self
+            session.e = e
+            session.s = s
 
     # ------------------------------------------------------------ what happened, what there is
 

@@ -21,6 +21,7 @@ cdef extern from "<pthread.h>" nogil:
         pass
     ctypedef struct pthread_cond_t:
         pass
+    ctypedef unsigned long pthread_t
 
 cdef enum session_role:
     ROLE_SHELL = 0           # made, not open
@@ -29,6 +30,8 @@ cdef enum session_role:
     ROLE_LISTEN = 3
     ROLE_FOREIGN = 4         # handed to another holder; frames for it are strays
     ROLE_ENDED = 5           # failed or closed; so_error may be pending
+    ROLE_SHARED = 6          # placed in the server: its user's end is used by kernel calls (session_shared)
+    ROLE_STAYED = 7          # in a forked child: the parent's
 
 cdef enum session_phase:     # what the engine still has to tell about a TCP session
     PHASE_OPEN = 0
@@ -41,6 +44,7 @@ cdef enum:
     EVENT_FAILED = 2
     EVENT_ACCEPTED = 3
     EVENT_GONE = 4
+    EVENT_RELAY = 5          # a relayed session has news (relay.pxd); value is the bits
     ATTN_STRAYS = 1          # frames wait for on_strays
     ATTN_RESOLVE = 2         # a next hop waits for the resolver
     HELPER_NONE = 0          # what the helper thread does now
@@ -48,6 +52,8 @@ cdef enum:
     HELPER_NAPS = 2          # timed: callers were active a moment ago
     HELPER_SLEEPS = 3        # until signalled: a caller drives and sleeps in poll(2)
     HELPER_POLLS = 4         # it drives
+    USER_SHARED = 100001     # -USER_SHARED: the session is placed in the server, session_shared goes on
+    USER_STAYED = 100002     # -USER_STAYED: it is the parent process's
 
 ctypedef struct ul_session
 ctypedef struct waiter:
@@ -73,7 +79,10 @@ ctypedef struct ul_session:
     uint8_t wait_neigh
     uint8_t tos
     uint8_t ttl
-    uint8_t shut_rd          # UDP
+    uint8_t shut_rd          # UDP, SHARED
+    uint8_t shared_as        # SHARED: the role it had, or has in the server
+    uint8_t shared_shut_wr   # SHARED: the user's end is shut for writing
+    int shared_wake          # SHARED: event descriptor of those who wait for it in poll(2); -1: none
     uint16_t path_mtu_bytes
     int so_error             # negative errno, for roles without a pcb
     tcp_pcb *tcp
@@ -94,6 +103,9 @@ ctypedef struct ul_session:
     waiter *waiters
     void *handle             # its Session object, borrowed; NULL: none. Under the GIL.
     readyfd *fd
+    void *relay              # its relay (relay.pxd), or NULL
+    ul_session *relay_next
+    uint8_t relay_queued
     stat_record *stat
     # route cache
     uint64_t meta_generation
@@ -156,6 +168,8 @@ ctypedef struct engine_counters:
 ctypedef struct engine:
     pthread_mutex_t lock
     uint32_t contenders      # threads that wait for the lock (atomic)
+    uint32_t fork_depth      # the forking thread has the lock: so many times (engine_fork)
+    pthread_t fork_thread
     ul_link *link
     meta_page *meta
     bufpool bufs
@@ -185,6 +199,9 @@ ctypedef struct engine:
     uint32_t heap_len
     uint32_t heap_cap
     ul_session *touched
+    # relayed sessions that changed, in order
+    ul_session *relay_head
+    ul_session *relay_tail
     # events, strays, orphans
     event_rec *events_head
     event_rec *events_tail
@@ -224,7 +241,9 @@ cdef void session_touch(engine *e, ul_session *s) noexcept nogil
 cdef uint32_t session_ready(const ul_session *s) noexcept nogil
 cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil   # drop protocol state, keep the shell
 cdef int session_tcp_start(engine *e, ul_session *s) noexcept nogil
+cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil         # its descriptor, if it has one
 cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil
+cdef void relay_queue(engine *e, ul_session *s) noexcept nogil        # its relay shall look
 cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil            # frames processed; settles

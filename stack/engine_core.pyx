@@ -10,6 +10,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close
 
 from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
@@ -19,6 +20,7 @@ from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_i
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
+from ulnet.stack.session_shared cimport shared_ready, shared_wake
 from ulnet.stack.statpage cimport stat_give
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
@@ -117,6 +119,8 @@ cdef void engine_free(engine *e) noexcept nogil:
             readyfd_free(s.fd)
         if s.stat != NULL:
             stat_give(s.stat)
+        if s.shared_wake >= 0:
+            close(s.shared_wake)
         free(s)
         s = nxt
     while e.events_head != NULL:
@@ -147,6 +151,7 @@ cdef ul_session *session_new(engine *e, uint8_t kind) noexcept nogil:
     s.refs = 1
     s.ttl = 64
     s.deadline_ns = INT64_MAX
+    s.shared_wake = -1
     s.all_next = e.all
     if e.all != NULL:
         e.all.all_prev = s
@@ -164,9 +169,9 @@ cdef void session_unref(engine *e, ul_session *s) noexcept nogil:
     if s.refs:
         return
     session_end(e, s, 0)
-    if s.fd != NULL:
-        e.watched -= 1
-        readyfd_free(s.fd)
+    session_fd_free(e, s)
+    if s.shared_wake >= 0:
+        close(s.shared_wake)
     if s.all_prev != NULL:
         s.all_prev.all_next = s.all_next
     else:
@@ -255,7 +260,9 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
         return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
     if s.role == ROLE_LISTEN:
         return UL_READABLE if s.accept_count else 0
-    if s.role == ROLE_ENDED:
+    if s.role == ROLE_SHARED:
+        return shared_ready(s)
+    if s.role == ROLE_ENDED or s.role == ROLE_STAYED:
         return UL_READABLE | UL_WRITABLE | UL_HUP | (UL_ERROR if s.so_error else 0)
     if s.phase == PHASE_CONNECTING:
         return 0
@@ -329,6 +336,7 @@ cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil:
                     session_unref(e, child)
                 child = nxt
     embryo_leave(e, s)
+    shared_wake(s)
     if s.tcp != NULL:
         tcp_free(&e.env, s.tcp)
         s.tcp = NULL
@@ -342,11 +350,23 @@ cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil:
         session_remove(e, s)               # may drop the last reference: nothing after it
 
 
+cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil:
+    if s.fd == NULL:
+        return
+    if not s.fd.surrendered:
+        e.watched -= 1
+    readyfd_free(s.fd)
+    s.fd = NULL
+
+
 cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil:
     """The user is done with it. TCP goes on by itself until it is CLOSED, then EVENT_GONE."""
     session_ref(s)
     s.closing = 1
     waiters_wake(e, s, 0xFF)               # they leave with EBADF
+    shared_wake(s)
+    if s.role == ROLE_SHARED:
+        session_fd_free(e, s)              # the kernel counts its copies: the last one's end is the session's
     if s.role == ROLE_TCP:
         if abort:
             tcp_abort(&e.env, s.tcp)
@@ -508,8 +528,23 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
     ready = session_ready(s)
     if s.fd != NULL:
         readyfd_show(s.fd, ready)
+    if s.relay != NULL:
+        relay_queue(e, s)
     if s.waiters != NULL and ready:
         waiters_wake(e, s, ready)
+
+
+cdef void relay_queue(engine *e, ul_session *s) noexcept nogil:
+    """Only noted here: a relay at work inside a settle could keep it going for ever."""
+    if s.relay_queued:
+        return
+    s.relay_queued = 1
+    s.relay_next = NULL
+    if e.relay_tail != NULL:
+        e.relay_tail.relay_next = s
+    else:
+        e.relay_head = s
+    e.relay_tail = s
 
 
 cdef int engine_drain(engine *e, int budget) noexcept nogil:

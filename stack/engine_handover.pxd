@@ -1,4 +1,4 @@
-# Hand-over of TCP sessions between address spaces. The caller holds the engine's lock.
+# Hand-over of sessions between address spaces. The caller holds the engine's lock.
 
 from libc.stdint cimport uint8_t, uint64_t
 from ulnet.stack.engine_core cimport engine, ul_session
@@ -7,8 +7,10 @@ from ulnet.stack.types cimport flow_key
 # The whole state as a malloc'ed block of *n bytes; the session has ended here, its flow is foreign from now on.
 # 0, -ENOTCONN, -ENOMEM (nothing happened then).
 cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noexcept nogil
-# Into a shell. 0, -EINVAL malformed, -EISCONN no shell, -EADDRINUSE, -ENOMEM.
-cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, uint64_t session_id) noexcept nogil
+# Into a shell of the same protocol. `prefix`: what was received before the unread data in the state (UDP: datagrams as
+# in a state). 0, -EINVAL malformed, -EISCONN no shell, -EADDRINUSE, -ENOMEM.
+cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, uint64_t session_id, const uint8_t *prefix,
+                         size_t prefix_bytes) noexcept nogil
 # An imported session into a listener's queue.
 cdef void handover_enqueue(engine *e, ul_session *listener, ul_session *s) noexcept nogil
 # Frames of this flow are strays here: for FOREIGN_NS in a library, for good in a server.

@@ -12,6 +12,7 @@ cdef enum:
     USER_DONTWAIT = 0x40
     USER_WAITALL = 0x100
     USER_RESOLVE = 100000    # -USER_RESOLVE: a next hop (engine.resolve_addr) must be resolved first
+                             # -USER_SHARED, -USER_STAYED (engine_core): the session is elsewhere
 
 # deadline_ns: -1 for ever, 0 do not wait, else clock_now() scale. *done: bytes already received (MSG_WAITALL, -EINTR)
 cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int flags, int64_t deadline_ns,

@@ -7,8 +7,8 @@ from libc.errno cimport EAGAIN, EBADF, EDESTADDRREQ, EINTR, EISCONN, EMSGSIZE, E
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 
 from ulnet.stack.engine_core cimport (
-    PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHELL, ROLE_TCP, ROLE_UDP, engine, engine_poll, engine_tick,
-    engine_settle, session_ready, session_ref, session_touch, session_unref, ul_session,
+    PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP, USER_SHARED,
+    USER_STAYED, engine, engine_poll, engine_tick, engine_settle, session_ready, session_ref, session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_output cimport emit_udp
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
@@ -51,6 +51,10 @@ cdef int dead_answer(ul_session *s, bint reading) noexcept nogil:
     cdef int error
     if s.closing:
         return -EBADF
+    if s.role == ROLE_SHARED:
+        return -USER_SHARED
+    if s.role == ROLE_STAYED:
+        return -USER_STAYED
     if s.role == ROLE_ENDED:
         error = s.so_error
         if s.flow.proto == UL_IPPROTO_UDP and error:
@@ -111,8 +115,8 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
         if got < 0:
             break
     leave(e, s)
-    if got == -EINTR:
-        return got
+    if got == -EINTR or got == -USER_SHARED:
+        return got                         # it goes on from *done
     if done[0] and not peek:
         return done[0]                     # what came before an error is delivered first
     return got
@@ -266,7 +270,9 @@ cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_
 cdef int user_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, uint32_t *ready) noexcept nogil:
     cdef int rc
     enter(e, s)
-    if deadline_ns == 0:
+    if s.role == ROLE_SHARED or s.role == ROLE_STAYED:
+        rc = dead_answer(s, True)
+    elif deadline_ns == 0:
         engine_poll(e, BURST)
         rc = 0
     else:

@@ -19,8 +19,8 @@ from posix.time cimport timespec
 from posix.unistd cimport close, read, write
 
 from ulnet.stack.engine_core cimport (
-    HELPER_NAPS, HELPER_POLLS, HELPER_RUNS, HELPER_SLEEPS, clock_now, engine, engine_deadline,
-    engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, session_ready, session_ref, session_unref, ul_session,
+    HELPER_NAPS, HELPER_POLLS, HELPER_RUNS, HELPER_SLEEPS, ROLE_SHARED, USER_SHARED, clock_now, engine, engine_deadline,
+    engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, pthread_t, session_ready, session_ref, session_unref, ul_session,
     waiter,
 )
 from ulnet.stack.types cimport UL_ERROR, UL_HUP
@@ -50,6 +50,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_lock(pthread_mutex_t *m)
     int pthread_mutex_trylock(pthread_mutex_t *m)
     int pthread_mutex_unlock(pthread_mutex_t *m)
+    pthread_t pthread_self()
+    int pthread_equal(pthread_t a, pthread_t b)
     int pthread_condattr_init(pthread_condattr_t *a)
     int pthread_condattr_setclock(pthread_condattr_t *a, int clock)
     int pthread_cond_init(pthread_cond_t *c, pthread_condattr_t *a)
@@ -102,6 +104,9 @@ cdef void engine_wait_end(engine *e) noexcept nogil:
 cdef void engine_lock(engine *e) noexcept nogil:
     if pthread_mutex_trylock(&e.lock) == 0:
         return
+    if e.fork_depth and pthread_equal(e.fork_thread, pthread_self()):
+        e.fork_depth += 1                  # a destructor that runs between before_fork() and the fork
+        return
     # A spinning driver looks at `contenders` and steps aside.
     ulnet_contend(&e.contenders, 1)
     pthread_mutex_lock(&e.lock)
@@ -109,6 +114,9 @@ cdef void engine_lock(engine *e) noexcept nogil:
 
 
 cdef void engine_unlock(engine *e) noexcept nogil:
+    if e.fork_depth > 1:
+        e.fork_depth -= 1
+        return
     pthread_mutex_unlock(&e.lock)
 
 
@@ -202,6 +210,8 @@ cdef int judge(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns) noe
     """What a waiter finds when it looks: 1 go on waiting, else engine_wait's answer."""
     if s.closing or e.stop:
         return -EBADF
+    if s.role == ROLE_SHARED:
+        return -USER_SHARED
     if session_ready(s) & (want | UL_ERROR | UL_HUP):
         return 0
     if deadline_ns >= 0 and e.now_ns >= deadline_ns:

@@ -6,6 +6,7 @@ Two places implement it: ``proxy.Proxy`` (the network server, by messages; SOSP 
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 
 from ulnet.stack.engine import Engine
@@ -42,6 +43,10 @@ class Host(ABC):
     def listen(self, session: Session, backlog: int) -> None:
         """Accept connections; established ones arrive in the session's queue (session READABLE, engine.accept())."""
 
+    def accept(self, listener: Session) -> Session | None:
+        """The next established session of a listener's queue, or None."""
+        return self.engine.accept(listener)
+
     @abstractmethod
     def accepted(self, listener: Session, session: Session) -> None:
         """One session left the listener's queue (returns a credit to the server)."""
@@ -53,3 +58,46 @@ class Host(ABC):
     @abstractmethod
     def shutdown(self) -> None:
         """Give everything back: close every session, leave the server."""
+
+    # -- sessions in several processes; a host that is this very process has none ------------------
+
+    def share(self, session: Session) -> None:
+        """Place a session where several processes reach it by its descriptor."""
+        raise _alone()
+
+    def publish(self, session: Session, public: bool) -> None:
+        """``public``: it stays there, for nobody can tell who has its descriptor. False ends that."""
+        if public:
+            raise _alone()
+
+    def send_off(self, session: Session) -> None:
+        """Its descriptor is on its way to a process that will ``hold`` it."""
+        raise _alone()
+
+    def leave(self, session: Session) -> int:
+        """Let go of a session but not of its descriptor, which is the caller's from now on and carries the data."""
+        raise _alone()
+
+    def hold(self, fd: int) -> Session | None:
+        """The session whose descriptor ``fd`` is, shared with who else has it; None: no session's."""
+        return None
+
+    # -- fork ------------------------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """os.fork() is about to be called: nobody may be inside the engine."""
+        self.engine.before_fork()
+
+    def after_fork_in_parent(self) -> None:
+        """The fork is done, or failed."""
+        self.engine.after_fork_parent()
+
+    def after_fork_in_child(self) -> None:
+        """This is the child: what was not shared stayed with the parent."""
+        self.engine.after_fork_child()
+
+
+def _alone() -> OSError:
+    return OSError(
+        errno.EOPNOTSUPP, "a session of an embedded stack lives in this process alone: it cannot be shared or passed"
+    )

@@ -56,6 +56,7 @@ ctypedef struct meta_page:
     uint8_t mac[6]
     uint8_t ended                # the server left in good order and reset what applications held
     uint64_t evicted             # neighbours thrown out of a full table
+    uint64_t shares              # how often some shared session was left with one holder (netserver/shared.py)
     meta_tables tables[2]
     meta_writer writer
 
@@ -73,6 +74,8 @@ cdef class Metastate:
 cdef int meta_resolve(const meta_page *m, const ul_addr *dst, uint8_t *mac, ul_addr *next_hop, uint32_t *mtu_bytes) noexcept nogil
 # The generation a cached answer of meta_resolve() belongs to: read it before resolving.
 cdef uint64_t meta_generation(const meta_page *m) noexcept nogil
+# The counter `shares`: who holds shared sessions tries to take them home only when it has changed.
+cdef uint64_t meta_shares(const meta_page *m) noexcept nogil
 
 # For the one writer only.
 # 0; -ENOBUFS when it is full and `evict` says not to throw out a reachable entry. evicted (may be NULL): who had

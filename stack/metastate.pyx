@@ -44,7 +44,7 @@ cdef extern from *:
 
 cdef enum:
     META_MAGIC = 0x6174656D      # "meta"
-    META_VERSION = 1
+    META_VERSION = 2
     READ_TRIES = 64              # a reader repeats only while a running writer changes the page again and again
     NONE = META_NEIGHBOURS       # no slot
     MTU_MIN_BYTES = 68           # RFC 791 (3.2): every module forwards 68 bytes
@@ -153,6 +153,10 @@ cdef int meta_resolve(const meta_page *m, const ul_addr *dst, uint8_t *mac, ul_a
 
 cdef uint64_t meta_generation(const meta_page *m) noexcept nogil:
     return ul_load_acquire(&m.generation)
+
+
+cdef uint64_t meta_shares(const meta_page *m) noexcept nogil:
+    return ul_load_acquire(&m.shares)
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -451,6 +455,16 @@ cdef class Metastate:
     def evicted(self) -> int:
         """Neighbours thrown out because the table was full."""
         return self._open().evicted
+
+    @property
+    def shares(self) -> int:
+        """How often some shared session was left with one holder, who may take it home."""
+        return meta_shares(self._open())
+
+    def bump_shares(self) -> None:
+        """One more. For the server."""
+        cdef meta_page *m = self._writable()
+        ul_store_release(&m.shares, m.shares + 1)
 
     @property
     def ended(self) -> bool:

@@ -10,114 +10,48 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import json
 import logging
 import os
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
-from weakref import WeakMethod, WeakValueDictionary
+from typing import Final
 
-from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
-from ulnet.kernelshim.packet import PacketLink
+from ulnet.ipc import Message, Sender
 from ulnet.stack import protocol as p
-from ulnet.stack.engine import Engine
-from ulnet.stack.host import Host
-from ulnet.stack.metastate import Metastate
+from ulnet.stack.attachment import query
 from ulnet.stack.session import Session
-from ulnet.stack.statpage import StatPage
+from ulnet.stack.sharing import ANY, TCP, UDP, Sharing
 
 log = logging.getLogger("ulnet.proxy")
 
-TCP: Final = 6
-UDP: Final = 17
-
-CALL_TIMEOUT_S: Final = 5.0  # a server that lives answers in milliseconds; a stopped one must not hang the program
-RESOLVE_TIMEOUT_S: Final = 10.0  # the server gives up on ARP long before
 DETACH_TIMEOUT_S: Final = 2.0
 FORGET_TIMEOUT_S: Final = 1.0
-SPIN_NS: Final = {"ipf": 50_000, "shm": 0, "ipc": 0}  # how long a waiting call polls before it sleeps
-UPCALL_QUEUE: Final = 1024  # Mach's largest queue limit
-ANY: Final = "0.0.0.0"
+PLACEMENTS: Final = ("application", "server")
 
 
-class Proxy(Host):
+class Proxy(Sharing):
     """One application's attachment to a network server.
 
     ``path``: the server's socket; None: ``ULNET_SERVER`` or the default. Raises OSError with one clear line when no
     server is there, when it may not be reached, or when it refuses. ``interface``: how packets come in, "ipf" (ring
     polled in user space), "shm" (ring with wake-ups) or "ipc" (one call a packet); SOSP 1993 section 4.1.
     ``spin_ns``: how long a waiting call polls before it sleeps; None: as the interface has it (SPIN_NS).
+    ``placement``: who manages open sessions, "application", or "server": data then goes through the server and the
+    session's descriptor, which other programs and libraries may read and write by themselves.
     """
 
-    def __init__(self, path: str | None = None, *, interface: str = "ipf", spin_ns: int | None = None) -> None:
-        if interface not in p.PACKET_INTERFACES:
-            raise ValueError(f"packet interface {interface!r}: use one of {', '.join(p.PACKET_INTERFACES)}")
-        self.interface = interface
-        self.path = p.server_path(path)
-        self.counters: Counter[str] = Counter()
-        self._pid = os.getpid()
-        self._lock = threading.RLock()  # a garbage collection inside may close a socket
-        self._inside = threading.local()
-        self._deferred: deque[tuple[p.Call, p.Record, list[bytes]]] = deque()
-        self._named: set[int] = set()  # bound to a port of the program's choice
-        self._gone = False
-        self._closed = False
-        self._next = 1
-        self._sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()  # all with a number
-        self._connecting: dict[int, Session] = {}
-        self._listeners: dict[int, Session] = {}
-        self._credits: Counter[int] = Counter()
-        self._backlogs: dict[int, int] = {}
-        self._task = _join(self.path)
-        try:
-            self._attach(SPIN_NS[interface] if spin_ns is None else spin_ns)
-        except BaseException:
-            self._task.close()
-            raise
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        interface: str = "ipf",
+        spin_ns: int | None = None,
+        placement: str = "application",
+    ) -> None:
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement {placement!r}: use one of {', '.join(PLACEMENTS)}")
+        self.placement = placement
+        super().__init__(path, interface, spin_ns)
         atexit.register(self._at_exit)
-
-    def _attach(self, spin_ns: int) -> None:
-        try:
-            self._server = self._task.look_up(p.SERVICE)
-            self._port = self._task.allocate()
-            self._task.set_attributes(self._port, qlimit=UPCALL_QUEUE)
-        except MachError as error:
-            raise self._lost(error) from None
-        request = p.Attach(p.VERSION, p.PACKET_INTERFACES.index(self.interface))
-        message = self._rpc(p.Call.ATTACH, request, rights=[PortRight(self._port, MsgType.MAKE_SEND)])
-        attached = self._answer(message, p.Attached)
-        fds = message.take_fds()
-        if len(fds) != 3:
-            for fd in fds:
-                os.close(fd)
-            raise OSError(errno.EPROTO, f"the network server at {self.path} sent {len(fds)} descriptors instead of 3")
-        channel_fd, meta_fd, stat_fd = fds
-        self._serial = attached.serial
-        self.address = attached.address
-        self.prefix = attached.prefix
-        self.link = PacketLink(
-            channel_fd,
-            ifindex=attached.ifindex,
-            loopback_ifindex=attached.loopback_ifindex,
-            mac=attached.mac,
-            mtu=attached.mtu,
-            interface=self.interface,
-            slots=attached.slots,
-            slot_bytes=attached.slot_bytes,
-        )
-        try:
-            meta, stats = Metastate.open(meta_fd), StatPage.open(stat_fd, writable=True)
-        finally:
-            os.close(meta_fd)  # mapped; the descriptors served their purpose
-            os.close(stat_fd)
-        self.engine = Engine(self.link, meta, library=True, stats=stats, spin_ns=spin_ns)
-        self.engine.resolver = self._resolve
-        self.engine.on_strays = self._forward_strays
-        self._task.on_server_death(_weakly(self._server_died))
-        self._task.start_receiver(_weakly(self._upcall), names=[self._port])
-        self.engine.start_helper()
 
     # -- Host ----------------------------------------------------------------------------------
 
@@ -125,7 +59,7 @@ class Proxy(Host):
         self, session: Session, address: str, port: int, *, reuse_address: bool = False, reuse_port: bool = False
     ) -> tuple[str, int]:
         """See Host. A UDP session is the application's own from here on."""
-        self._check()
+        self._take_along(session)
         if session.session_id:
             raise OSError(errno.EINVAL, "the socket is bound already, to {}:{}".format(*session.local))
         number = self._name(session)
@@ -143,14 +77,24 @@ class Proxy(Host):
             raise
         if port:
             self._named.add(number)
+        if session.kind == UDP:
+            self._place(session)
         return bound.address, bound.port
+
+    def _place(self, session: Session) -> None:
+        """A session that just opened goes where this proxy has them."""
+        if self.placement == "server":
+            self.publish(session, True)
 
     def connect(self, session: Session, address: str, port: int, timeout_ns: int) -> None:
         """See Host. The blocking form is one message pair, taken by the calling thread itself."""
-        self._check()
+        self._take_along(session)
         with self._lock:
             if session.session_id in self._connecting:
                 raise OSError(errno.EALREADY, os.strerror(errno.EALREADY))
+        if session.shared and not self._on_shared(session):
+            self._connect_shared(session, address, port, timeout_ns)
+            return
         if session.kind == UDP:
             self._connect_udp(session, address, port)
             return
@@ -189,12 +133,23 @@ class Proxy(Host):
             self._forget(number, reset=True)
             self._unname(session)
             raise
+        self._place(session)
+
+    def _connect_shared(self, session: Session, address: str, port: int, timeout_ns: int) -> None:
+        """A bound socket that several processes hold: the server connects it, and goes on relaying."""
+        request = p.Connect(session.session_id, session.kind, address, port)
+        message = self._rpc(p.Call.CONNECT, request, timeout=None if timeout_ns <= 0 else timeout_ns / 1e9)
+        connected = self._answer(message, p.Connected)
+        session.set_shared(local=(connected.address, connected.port), peer=(address, port))
 
     def _connect_udp(self, session: Session, address: str, port: int) -> None:
         number = session.session_id or self._name(session)
         try:
             connected = self._answer(self._rpc(p.Call.CONNECT, p.Connect(number, UDP, address, port)), p.Connected)
+            opened = session.live
             self.engine.open_udp(session, connected.address, connected.port, address, port)
+            if not opened:
+                self._place(session)
         except BaseException as error:
             if not session.live:
                 if not isinstance(error, OSError) or error.errno in (errno.ETIMEDOUT, errno.ENOMEM):
@@ -204,11 +159,16 @@ class Proxy(Host):
 
     def listen(self, session: Session, backlog: int) -> None:
         """See Host. Called again it changes the backlog."""
-        self._check()
+        self._take_along(session)
         backlog = min(max(backlog, 1), p.MAX_BACKLOG)
         if not session.session_id:
             self.bind(session, ANY, 0)
         number = session.session_id
+        if session.shared and not self._on_shared(session):
+            self._backlogs[number] = backlog
+            self._answer(self._rpc(p.Call.LISTEN, p.Listen(number, backlog)), p.Status)
+            session.set_shared(listening=True)
+            return
         again = number in self._listeners
         if again:
             self.engine.set_backlog(session, backlog)
@@ -234,9 +194,10 @@ class Proxy(Host):
     def accepted(self, listener: Session, session: Session) -> None:
         """See Host. Credits go back in batches of half a backlog, so that the server can always send the other half."""
         number = listener.session_id
+        self._place(session)
         with self._lock:
             self._sessions[session.session_id] = session
-            if number not in self._listeners:
+            if number not in self._listeners or listener.shared:
                 return
             self._credits[number] += 1
             count = self._credits[number]
@@ -248,6 +209,9 @@ class Proxy(Host):
     def close(self, session: Session, *, abort: bool = False) -> None:
         """See Host. A TCP session goes back to the server with its unsent data; the FIN exchange runs there."""
         number = session.session_id
+        if session.shared and os.getpid() == self._pid and not self._closed:
+            self._close_shared(session, abort=abort)
+            return
         with self._lock:
             self._connecting.pop(number, None)
             listening = self._listeners.pop(number, None) is not None
@@ -256,8 +220,8 @@ class Proxy(Host):
             self._sessions.pop(number, None)
             named = number in self._named
             self._named.discard(number)
-        if os.getpid() != self._pid or self._closed:
-            return
+        if os.getpid() != self._pid or self._closed or session.engine is not self.engine or self._dormant:
+            return  # what stayed with the parent ends there
         if listening:
             self._abort_queue(session)
         live = session.live
@@ -282,6 +246,9 @@ class Proxy(Host):
             with contextlib.suppress(OSError):
                 self.close(session)
         self._closed = True
+        if self._dormant:
+            self._drop_lifeline()
+            return
         if not self._gone:
             with contextlib.suppress(OSError):  # it died: it resets what it could not take
                 self._rpc(p.Call.DETACH, p.Nothing(), timeout=DETACH_TIMEOUT_S)
@@ -305,7 +272,7 @@ class Proxy(Host):
 
     def _return(self, session: Session, number: int) -> None:
         try:
-            state = self.engine.export_session(session)
+            state = self.engine.export_session(session, finish=True)
         except OSError as error:
             self.counters["export_failed"] += 1
             log.warning("session %d could not be handed back, its peer is reset: %s", number, error)
@@ -337,11 +304,6 @@ class Proxy(Host):
                 self._rpc(p.Call.FORGET, p.Forget(number, reset), timeout=FORGET_TIMEOUT_S)
         else:
             self._post_quietly(p.Call.FORGET, p.Forget(number, reset))
-
-    def _forward_strays(self, frames: list[bytes]) -> None:
-        self.counters["strays_out"] += len(frames)
-        for start in range(0, len(frames), p.FRAMES_A_MESSAGE):
-            self._post_quietly(p.Call.STRAY, p.Nothing(), ool=frames[start : start + p.FRAMES_A_MESSAGE])
 
     # -- what the server says by itself --------------------------------------------------------
 
@@ -382,11 +344,22 @@ class Proxy(Host):
             self._forget(record.session, reset=True)
             return
         try:
-            self.engine.deliver(listener, message.ool[0], record.session)
+            with listener.shared_lock:
+                if listener.shared:
+                    self._send_back(record, bytes(message.ool[0]))
+                else:
+                    self.engine.deliver(listener, message.ool[0], record.session)
         except (OSError, ValueError, IndexError) as error:
             self.counters["deliver_failed"] += 1
             log.warning("a delivered session could not be taken, its peer is reset: %s", error)
             self._forget(record.session, reset=True)
+
+    def _send_back(self, record: p.Deliver, state: bytes) -> None:
+        """Its listener was shared meanwhile: the connection waits there. What came for it here goes along."""
+        session = self.engine.new_session(TCP)
+        self.engine.import_session(session, state, record.session)
+        state = self.engine.export_session(session)
+        self._post(p.Call.REQUEUE, p.Requeue(record.listener, record.session), ool=[state])
 
     def _on_connected(self, message: Message) -> None:
         if len(message.inline) != p.Connected.size():  # refused before it was understood: a bug of ours
@@ -411,6 +384,7 @@ class Proxy(Host):
             self._unname(session)
             self.engine.fail(session, errno.EPROTO)
             raise
+        self._place(session)
 
     def _server_died(self) -> None:
         with self._lock:
@@ -429,11 +403,7 @@ class Proxy(Host):
             with contextlib.suppress(OSError):
                 self.engine.fail(session, errno.ENETDOWN)
 
-    def _resolve(self, next_hop: str) -> None:
-        """Engine.resolver: the server asks by ARP and writes the answer into the metastate page."""
-        self._answer(self._rpc(p.Call.RESOLVE, p.Resolve(next_hop), timeout=RESOLVE_TIMEOUT_S), p.Status)
-
-    # -- messages ------------------------------------------------------------------------------
+    # -- names ---------------------------------------------------------------------------------
 
     def _name(self, session: Session) -> int:
         with self._lock:
@@ -450,148 +420,31 @@ class Proxy(Host):
         if not session.live:
             session.set_local(ANY, 0)
 
-    def _check(self) -> None:
-        if os.getpid() != self._pid:
-            raise OSError(
-                errno.EBADF, "this socket belongs to the parent process; after a fork the child opens its own"
-            )
-        if self._closed:
-            raise OSError(errno.EBADF, "the stack was shut down")
-        if self._gone:
-            raise self._lost(None)
-
-    def _lost(self, error: MachError | None) -> OSError:
-        """The OSError for a call that got no answer."""
-        if error is not None and error.code == MachMsgReturn.MACH_RCV_TIMED_OUT:
-            return TimeoutError(errno.ETIMEDOUT, f"the network server at {self.path} does not answer")
-        if error is None or error.code == MigReturn.SERVER_DIED or not self._task.alive:
-            return OSError(
-                errno.ENETDOWN,
-                f"the network server at {self.path} has gone; start it (ulnet netserver) and restart this program",
-            )
-        return OSError(errno.EPROTO, f"the network server at {self.path}: {error}")
-
-    @contextlib.contextmanager
-    def _ipc(self) -> Iterator[None]:
-        """Around each call of the task. A garbage collection in it may close a socket, whose message then waits here:
-        a thread's connection to the server is not made for a message inside another."""
-        self._inside.ipc = True
-        try:
-            yield
-        finally:
-            self._inside.ipc = False
-        while self._deferred:
-            with contextlib.suppress(IndexError):  # another thread was quicker
-                call, record, ool = self._deferred.popleft()
-                self._post_quietly(call, record, ool=ool)
-
-    def _rpc(
-        self,
-        call: p.Call,
-        record: p.Record,
-        *,
-        rights: Sequence[PortRight] = (),
-        timeout: float | None = CALL_TIMEOUT_S,
-    ) -> Message:
-        try:
-            with self._ipc():
-                return self._task.rpc(self._server, call, record.pack(), rights=rights, timeout=timeout)
-        except MachError as error:
-            if error.code == MachMsgReturn.MACH_RCV_TIMED_OUT and call == p.Call.CONNECT:
-                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
-            raise self._lost(error) from None
-
-    def _answer(self, message: Message, record: type[p._T]) -> p._T:
-        """The reply's record, or the OSError it stands for."""
-        inline = bytes(message.inline)
-        error = int.from_bytes(inline[:4], "little")
-        if error == 0:
-            return record.unpack(inline)
-        refused = p.Connected if len(inline) == p.Connected.size() else p.Status
-        reason = refused.unpack(inline).reason
-        message.close()
-        raise OSError(error, reason or os.strerror(error))  # OSError picks ConnectionRefusedError and its like
-
-    def _post(self, call: p.Call, record: p.Record, *, ool: Iterable[bytes] = (), reply_to: int = 0) -> None:
-        try:
-            with self._ipc():
-                self._task.post(self._server, call, record.pack(), ool=list(ool), local=reply_to)
-        except MachError as error:
-            raise self._lost(error) from None
-
-    def _post_quietly(self, call: p.Call, record: p.Record, *, ool: Iterable[bytes] = ()) -> None:
-        """A one-way call that has no meaning any more once the server has gone."""
-        if self._gone or self._closed:
-            return
-        if getattr(self._inside, "ipc", False):
-            self._deferred.append((call, record, list(ool)))
-            return
-        try:
-            self._post(call, record, ool=ool)
-        except OSError:
-            self.counters["posts_lost"] += 1
-
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
             self.shutdown()
 
 
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """The method, without keeping its object: what a closed task still refers to must not hold an engine's memory."""
-    reference = WeakMethod(method)
-
-    def call(*arguments: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*arguments)
-
-    return call
-
-
-def _join(path: str) -> Task:
-    """A task at the server's hub, or one clear line."""
-    hint = f"start it with 'ulnet netserver', or name its socket in {p.PATH_VARIABLE}"
-    try:
-        return Task(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, f"no network server at {path}: {hint}") from None
-    except ConnectionRefusedError:
-        reason = f"the network server at {path} is not running: {hint}"
-        raise ConnectionRefusedError(errno.ECONNREFUSED, reason) from None
-    except PermissionError:
-        raise PermissionError(errno.EACCES, f"no permission to reach the network server at {path}") from None
-    except MachError as error:
-        raise OSError(errno.EPROTO, f"the network server at {path} does not answer as one: {error}") from None
-
-
-_hosts: dict[tuple[int, str], Proxy] = {}
+_hosts: dict[str, Proxy] = {}
 _hosts_lock = threading.Lock()
 
 
 def connect_default(path: str | None = None) -> Proxy:
     """This process's attachment to the server at ``path`` (None: ``ULNET_SERVER`` or the default), made once.
 
-    A child after fork gets one of its own, and so does who asks again after the server was restarted.
+    A child after fork goes on with its parent's, which attaches anew; who asks again after the server was restarted
+    gets a new one.
     """
-    key = (os.getpid(), p.server_path(path))
+    path = p.server_path(path)
     with _hosts_lock:
-        host = _hosts.get(key)
+        host = _hosts.get(path)
         if host is None or host._closed or host._gone:
-            host = _hosts[key] = Proxy(key[1])
+            host = _hosts[path] = Proxy(path)
         return host
 
 
-def query(call: p.Call, path: str | None = None) -> Any:
-    """The answer to SESSIONS or COUNTERS, without attaching. OSError as from Proxy."""
-    path = p.server_path(path)
-    with _join(path) as task:
-        try:
-            message = task.rpc(task.look_up(p.SERVICE), call, p.Nothing().pack(), timeout=CALL_TIMEOUT_S)
-        except MachError as error:
-            if error.code == MachMsgReturn.MACH_RCV_TIMED_OUT:
-                raise TimeoutError(errno.ETIMEDOUT, f"the network server at {path} does not answer") from None
-            raise OSError(errno.ENETDOWN, f"the network server at {path} has gone") from None
-        status = p.Status.unpack(bytes(message.inline))
-        if status.error:
-            raise OSError(status.error, status.reason or os.strerror(status.error))
-        return json.loads(bytes(message.ool[0]))
+os.register_at_fork(
+    before=_hosts_lock.acquire, after_in_parent=_hosts_lock.release, after_in_child=_hosts_lock.release
+)
+
+__all__ = ["Proxy", "connect_default", "query"]

@@ -1,6 +1,6 @@
 """A kernel descriptor that tells select, poll and epoll the truth about a session of ours.
 
-It is one end of an AF_UNIX stream pair, whose four readable/writable combinations we steer from both ends
+It is one end of an AF_UNIX pair (stream for TCP, seqpacket for UDP), whose four readable/writable combinations we steer from both ends
 (an eventfd cannot say "neither"):
 
 ===========  ==========================================================  ==========================
@@ -23,17 +23,22 @@ notice; an epoll registration ends with the old pair and has to be made again.
 differs: a passing error without a hang-up (UDP: an ICMP error waits) shows as readable and writable, as select
 shows any error; the call that follows gets it.
 
+A session that is placed in the server, to be used by several processes, keeps the very same open file at its user's
+end, so that registrations stay true: the pair is *surrendered*, which empties and widens it, and its other end goes to
+the server, which moves the session's real data through it; *regained*, it shows readiness again.
+
 The descriptor is the user's own: a program that reads, writes or closes it by hand confuses only itself.
 """
 
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE
 
 cdef extern from "<sys/socket.h>" nogil:
     enum: AF_UNIX
     enum: SOCK_STREAM
+    enum: SOCK_SEQPACKET
     enum: SOCK_CLOEXEC
     enum: SOCK_NONBLOCK
     enum: SOL_SOCKET
@@ -61,13 +66,21 @@ cdef extern from *:
     #endif
     #include <fcntl.h>
     #include <unistd.h>
+    #include <poll.h>
     extern int dup3(int, int, int);
     """
     int dup3(int old, int new, int flags) nogil
+    int fcntl(int fd, int command, ...) nogil
     enum: O_CLOEXEC
+    enum: F_GETFD
+    enum: FD_CLOEXEC
+    enum: POLLRDHUP
 
 cdef extern from "<poll.h>" nogil:
+    enum: POLLIN
     enum: POLLOUT
+    enum: POLLHUP
+    enum: POLLERR
     struct pollfd:
         int fd
         short events
@@ -77,17 +90,19 @@ cdef extern from "<poll.h>" nogil:
 cdef enum:
     ALL_BITS = UL_READABLE | UL_WRITABLE | UL_HUP | UL_RDHUP | UL_ERROR
     FILL_MAX_BYTES = 16384
+    WIDE_BYTES = 1 << 20         # of each end's send buffer while real data passes; net.core.wmem_max may allow less
 
-# Bytes of one message that fills the smallest send buffer this kernel allows. The kernel accounts whole allocations
-# (skb truesize), so this is measured once, at the first pair.
-cdef uint32_t fill_bytes = 0
+# Bytes of one message that fills the smallest send buffer this kernel allows, of a stream and of a seqpacket pair. The
+# kernel accounts whole allocations (skb truesize), so this is measured once, at the first pair of each type.
+cdef uint32_t fill_bytes[2]
 cdef char zeros[FILL_MAX_BYTES]
 
 
-cdef int pair_new(int *user_fd, int *our_fd) noexcept nogil:
+cdef int pair_new(bint datagram, int *user_fd, int *our_fd) noexcept nogil:
     cdef int fds[2]
     cdef int tiny = 1            # the kernel raises it to its minimum
-    if socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) < 0:
+    cdef int kind = SOCK_SEQPACKET if datagram else SOCK_STREAM
+    if socketpair(AF_UNIX, kind | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, fds) < 0:
         return -errno
     setsockopt(fds[0], SOL_SOCKET, SO_SNDBUF, &tiny, sizeof(tiny))
     user_fd[0] = fds[0]
@@ -125,6 +140,17 @@ cdef inline void drain(int fd, size_t expected) noexcept nogil:
             return
 
 
+cdef inline void drain_all(int fd) noexcept nogil:
+    # Whatever is in it. The bound is for a user who keeps writing to his end by hand meanwhile.
+    cdef char scratch[FILL_MAX_BYTES]
+    cdef ssize_t got
+    cdef int turns
+    for turns in range(1024):
+        got = c_recv(fd, scratch, FILL_MAX_BYTES, MSG_DONTWAIT)
+        if got == 0 or (got < 0 and errno != EINTR):
+            return
+
+
 cdef inline uint32_t as_shown(uint32_t ready) noexcept nogil:
     # What a pair can show of it: hang-ups imply each other as in tcp_poll() of Linux.
     ready &= ALL_BITS
@@ -139,30 +165,48 @@ cdef inline uint32_t as_shown(uint32_t ready) noexcept nogil:
     return ready
 
 
-cdef readyfd *readyfd_new(int *err) noexcept nogil:
-    global fill_bytes
+cdef readyfd *readyfd_new(bint datagram, int *err) noexcept nogil:
     cdef readyfd *r = <readyfd *>calloc(1, sizeof(readyfd))
     if r == NULL:
         err[0] = -12                             # ENOMEM
         return NULL
-    err[0] = pair_new(&r.user_fd, &r.our_fd)
+    r.datagram = datagram
+    err[0] = pair_new(datagram, &r.user_fd, &r.our_fd)
     if err[0] < 0:
         free(r)
         return NULL
-    if fill_bytes == 0:
-        fill_bytes = fill_measure(r.user_fd, r.our_fd)
+    if fill_bytes[datagram] == 0:
+        fill_bytes[datagram] = fill_measure(r.user_fd, r.our_fd)
     r.shown = UL_WRITABLE
     r.syscalls = 2
     return r
 
 
-cdef bint renew(readyfd *r) noexcept nogil:
-    # A fresh pair under the user's number. Whoever sleeps on the old one wakes by its hang-up.
+cdef readyfd *readyfd_adopt(int user_fd, bint datagram) noexcept nogil:
+    cdef int err = 0
+    cdef readyfd *r
+    if fill_bytes[datagram] == 0:
+        readyfd_free(readyfd_new(datagram, &err))    # measures it
+    if fill_bytes[datagram] == 0:
+        return NULL
+    r = <readyfd *>calloc(1, sizeof(readyfd))
+    if r != NULL:
+        r.user_fd = user_fd
+        r.our_fd = -1
+        r.datagram = datagram
+        r.surrendered = 1
+    return r
+
+
+cdef bint readyfd_renew(readyfd *r) noexcept nogil:
+    # Whoever sleeps on the old one wakes by its hang-up.
     cdef int user_fd = -1
     cdef int our_fd = -1
-    if pair_new(&user_fd, &our_fd) < 0:
+    cdef int flags
+    if pair_new(r.datagram, &user_fd, &our_fd) < 0:
         return False                             # out of descriptors: the old truth stays
-    if dup3(user_fd, r.user_fd, O_CLOEXEC) < 0:
+    flags = fcntl(r.user_fd, F_GETFD)            # the program may have made it inheritable
+    if dup3(user_fd, r.user_fd, O_CLOEXEC if flags < 0 or flags & FD_CLOEXEC else 0) < 0:
         c_close(user_fd)
         c_close(our_fd)
         return False
@@ -171,8 +215,46 @@ cdef bint renew(readyfd *r) noexcept nogil:
         c_close(r.our_fd)
     r.our_fd = our_fd
     r.shown = UL_WRITABLE
-    r.syscalls += 5
+    r.syscalls += 6
     return True
+
+
+cdef void width(int fd, int bytes) noexcept nogil:
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes))
+
+
+cdef int readyfd_surrender(readyfd *r, bint fresh) noexcept nogil:
+    if (fresh or r.our_fd < 0) and not readyfd_renew(r):
+        return -24                               # EMFILE
+    drain_all(r.our_fd)
+    drain_all(r.user_fd)
+    width(r.user_fd, WIDE_BYTES)
+    width(r.our_fd, WIDE_BYTES)
+    r.surrendered = 1
+    return 0
+
+
+cdef void readyfd_regain(readyfd *r, int our_fd) noexcept nogil:
+    # What it shows is read off the pair, because its other end was somebody else's: half shut, or worse.
+    cdef pollfd p
+    r.our_fd = our_fd
+    drain_all(our_fd)
+    drain_all(r.user_fd)
+    width(r.user_fd, 1)
+    p.fd = r.user_fd
+    p.events = POLLIN | POLLOUT | POLLRDHUP
+    p.revents = 0
+    c_poll(&p, 1, 0)
+    r.shown = UL_WRITABLE if p.revents & POLLOUT else 0
+    if p.revents & POLLRDHUP:
+        r.shown |= UL_RDHUP
+    if p.revents & POLLHUP:
+        r.shown |= UL_HUP
+    if p.revents & POLLERR:
+        r.shown |= UL_ERROR | UL_HUP
+    r.shown = as_shown(r.shown)
+    r.syscalls += 5
+    r.surrendered = 0
 
 
 cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
@@ -180,6 +262,8 @@ cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
     cdef uint32_t change
     cdef int pending = 0
     cdef socklen_t size = sizeof(pending)
+    if r.surrendered:
+        return
     if want & UL_ERROR and r.shown & UL_HUP and not r.shown & UL_ERROR:
         want &= ~<uint32_t>UL_ERROR              # too late to show it; a hang-up is answered in the same way
     if want == r.shown:
@@ -190,7 +274,7 @@ cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
         r.shown = want
         r.syscalls += 1
         return
-    if (r.shown & ~want & (UL_HUP | UL_RDHUP | UL_ERROR) or r.our_fd < 0) and not renew(r):
+    if (r.shown & ~want & (UL_HUP | UL_RDHUP | UL_ERROR) or r.our_fd < 0) and not readyfd_renew(r):
         return
     change = want ^ r.shown
     if want & UL_ERROR:
@@ -208,9 +292,9 @@ cdef void readyfd_show(readyfd *r, uint32_t ready) noexcept nogil:
         r.syscalls += 1
     if change & UL_WRITABLE:
         if want & UL_WRITABLE:
-            drain(r.our_fd, fill_bytes)
+            drain(r.our_fd, fill_bytes[r.datagram])
         else:
-            c_send(r.user_fd, zeros, fill_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)
+            c_send(r.user_fd, zeros, fill_bytes[r.datagram], MSG_DONTWAIT | MSG_NOSIGNAL)
         r.syscalls += 1
     if change & UL_HUP:
         shutdown(r.our_fd, SHUT_RDWR)
@@ -239,13 +323,14 @@ cdef class ReadyFd:
     """A descriptor by itself, for tests and for those who build their own sessions.
 
     ``show(mask)`` takes READABLE 1, WRITABLE 2, ERROR 4, HUP 8, RDHUP 16, as ``Session.ready`` gives them.
+    ``datagram``: a pair that keeps the bounds of messages, for UDP.
     """
 
     cdef readyfd *r
 
-    def __cinit__(self) -> None:
+    def __cinit__(self, *, bint datagram=False) -> None:
         cdef int err = 0
-        self.r = readyfd_new(&err)
+        self.r = readyfd_new(datagram, &err)
         if self.r == NULL:
             raise OSError(-err, "no descriptor for select and poll: socketpair() failed (see ulimit -n)")
 
@@ -264,6 +349,28 @@ cdef class ReadyFd:
     def show(self, ready: int) -> None:
         """Make the descriptor show these bits and no others."""
         readyfd_show(self._open(), ready)
+
+    def surrender(self, *, bint fresh=False) -> int:
+        """The pair carries data from now on, empty and wide: our end, which is the caller's now.
+
+        ``fresh``: a new pair under the same number, for one that shows an end although data must follow. OSError.
+        """
+        cdef int fd
+        cdef int rc
+        if self._open().surrendered:
+            raise ValueError("this ReadyFd was surrendered already")
+        rc = readyfd_surrender(self.r, fresh)
+        if rc < 0:
+            raise OSError(-rc, "no descriptor for a new pair (see ulimit -n)")
+        fd = self.r.our_fd
+        self.r.our_fd = -1
+        return fd
+
+    def regain(self, int fd) -> None:
+        """Our end (taken over) is back; what the pair still holds is dropped. It shows readiness again."""
+        if not self._open().surrendered:
+            raise ValueError("this ReadyFd was not surrendered")
+        readyfd_regain(self.r, fd)
 
     @property
     def shown(self) -> int:

@@ -14,6 +14,9 @@ cdef class Session:
     cdef engine *e
     cdef readonly object engine          # the Engine: keeps e alive
     cdef readonly int kind
+    cdef object shared_rlock             # made when first used
+    cdef object former                   # the Engine it belonged to before a fork: threads may be inside
+    cdef public object file              # what duplicates of a socket share (openfile.File)
     cdef object __weakref__
     # timeout_ns: -1 for ever, 0 never block (BlockingIOError), else TimeoutError after it.
     # Errors are raised as OSError with the BSD errno. flags: MSG_PEEK, MSG_DONTWAIT, MSG_WAITALL, MSG_TRUNC.

@@ -1,7 +1,8 @@
 """One session as Python holds it, and the buffers it lends. Times in nanoseconds, sizes in bytes."""
 
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from ulnet.stack.engine import Engine
 
@@ -32,6 +33,7 @@ class Session:
     engine: Engine
     kind: int
     session_id: int  # the server's number for it; 0 while it has none
+    file: Any  # openfile.File: what duplicates of a socket share
 
     @property
     def local(self) -> tuple[str, int]: ...
@@ -65,4 +67,49 @@ class Session:
     def fileno(self) -> int:
         """The truthful descriptor (made at first use)."""
     def stat(self) -> dict[str, int]:
-        """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat)."""
+        """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat).
+
+        Of a shared session only ``unread_bytes`` and ``unsent_bytes`` are known here: what its pair holds."""
+
+    # Placed in the server ("shared"): the calls above go to the user's end of the descriptor pair, U, by plain kernel
+    # calls. Before each the Engine's on_shared() is asked; it may bring the session back by share_end().
+
+    @property
+    def shared(self) -> bool:
+        """True while it is placed in the server."""
+    @property
+    def shared_lock(self) -> AbstractContextManager[object]:
+        """Re-entrant. Each kernel call on U is made with it held: hold it around share_begin() and the SHARE message,
+        and around PROMOTE and share_end()."""
+    def share_begin(self) -> tuple[int, int, bytes | None]:
+        """Export it, keeping handle and descriptor: (U, O, state). The session is shared from now on: threads that
+        wait go on on U. U stays the session's own; O is the caller's, to close when it was sent. ``state`` is None for
+        a listener and for a shell (bound or not). Of a listener all delivered connections must have been accept()ed:
+        BlockingIOError while some wait. OSError: EALREADY while it is being connected, EBADF closed, EINVAL shared
+        already, ENOTCONN when it ended or failed (there is nothing to share: rebind() it)."""
+    def share_end(self, o_fd: int, state: bytes | bytearray | memoryview | None, number: int) -> int:
+        """It is ours again: what U holds goes in front of the state's unread data, the session lives on here, O (taken
+        over) steers U. ``state`` None: a listener (numbers still in U are dropped) or a shell. Returns the bytes taken
+        from U. On an exception (OSError EBADF: closed meanwhile, EADDRINUSE; ValueError: malformed) nothing was taken
+        over and it is still shared."""
+    def adopt_fd(
+        self,
+        u_fd: int,
+        *,
+        local: tuple[str, int] | None = None,
+        peer: tuple[str, int] | None = None,
+        listening: bool = False,
+        named: bool = False,
+    ) -> None:
+        """A fresh shell becomes a shared session around U, which comes from elsewhere and is taken over. ``named``:
+        it is neither open nor listening. OSError EISCONN: no shell; ENOTSOCK, EPROTOTYPE: no pair of this kind."""
+    def set_shared(
+        self, *, local: tuple[str, int] | None = None, peer: tuple[str, int] | None = None, listening: bool | None = None
+    ) -> None:
+        """What another process, or a call to the server, made of a shared session: its names, that it listens."""
+    def leave(self) -> int:
+        """Of a shared session: close it here, but not its descriptor, which is the caller's from now on. EINVAL."""
+    def announced(self) -> int | None:
+        """Of a shared listener: the number of the next connection that waits, or None. CLAIM it."""
+    def rebind(self, engine: Engine) -> None:
+        """Move to another engine, after a fork: a shared session, or one without protocol state (shell, ended)."""

@@ -1,17 +1,20 @@
 """One session as Python holds it, and the buffers it lends: locks, waits and errors are dealt with here, once."""
 
+import threading
+
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
-from libc.errno cimport EAGAIN, EBADF, EINTR
+from libc.errno cimport EAGAIN, EBADF, EINTR, EINVAL
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport rxseg, rxseg_free
 from ulnet.stack.engine_core cimport (
-    PHASE_CONNECTING, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, clock_now, engine, engine_settle, session_close, session_ready,
-    session_touch, session_unref, ul_session,
+    PHASE_CONNECTING, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, USER_SHARED, USER_STAYED,
+    clock_now, engine, engine_settle, session_close, session_ready, session_touch, session_unref,
+    ul_session,
 )
 from ulnet.stack.engine_user cimport (
     USER_DONTWAIT, USER_RESOLVE, user_recv, user_recv_seg, user_recvfrom, user_send, user_sendto, user_shutdown,
@@ -19,9 +22,14 @@ from ulnet.stack.engine_user cimport (
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, helper_wake
 from ulnet.stack.readyfd cimport readyfd_new, readyfd_show
+from ulnet.stack.session_place cimport shared_adopt, shared_begin, shared_end
 from ulnet.stack.session_options cimport option_get, option_set
+from ulnet.stack.session_shared cimport (
+    USER_MINE, shared_announced, shared_ours, shared_queues, shared_recv, shared_recv_seg, shared_recvfrom, shared_send,
+    shared_sendto, shared_shutdown, shared_wait,
+)
 from ulnet.stack.tcp cimport tcp_so_error, tcp_stat, tcp_stat_get, tcp_state
-from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_IPPROTO_UDP, addr_is_zero, ul_addr
+from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_IPPROTO_UDP, UL_RDHUP, addr_is_zero, ul_addr
 from ulnet.stack.udp cimport udp_so_error
 
 cdef extern from *:
@@ -37,6 +45,8 @@ STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WA
 
 cdef int fail(Py_ssize_t code) except -1:
     cdef object kind = OSError       # looked up first: the look-up may change errno
+    if code == -USER_STAYED:
+        raise OSError(EBADF, "this socket stayed with the parent process")
     ulnet_set_errno(<int>-code)
     PyErr_SetFromErrno(kind)         # picks the subclass, and is far cheaper than a call of OSError
     return -1
@@ -167,8 +177,15 @@ cdef class Session:
         with nogil:
             deadline = deadline_of(timeout_ns)
             got = user_recv(e, s, out, n, flags, deadline, &done)
-        while got == -EINTR:
-            PyErr_CheckSignals()
+        while got == -EINTR or got == -USER_SHARED:
+            if got == -USER_SHARED:
+                got = shared_recv(self, out, n, flags, deadline, &done)
+                if got != -USER_MINE:
+                    break
+                e = self.e
+                s = self.s
+            else:
+                PyErr_CheckSignals()
             with nogil:
                 got = user_recv(e, s, out, n, flags, deadline, &done)
         if got < 0:
@@ -187,6 +204,12 @@ cdef class Session:
         while True:
             with nogil:
                 got = user_recvfrom(e, s, out, n, flags, deadline, src, sport, full_bytes)
+            if got == -USER_SHARED:
+                got = shared_recvfrom(self, out, n, flags, deadline, src, sport, full_bytes)
+                if got == -USER_MINE:
+                    e = self.e
+                    s = self.s
+                    continue
             if got != -EINTR:
                 break
             PyErr_CheckSignals()
@@ -204,8 +227,15 @@ cdef class Session:
         with nogil:
             deadline = deadline_of(timeout_ns)
             got = user_send(e, s, data, n, held, all, deadline, done)
-        while got == -EINTR:
-            PyErr_CheckSignals()
+        while got == -EINTR or got == -USER_SHARED:
+            if got == -USER_SHARED:
+                got = shared_send(self, data, n, all, deadline, done)
+                if got != -USER_MINE:
+                    break
+                e = self.e
+                s = self.s
+            else:
+                PyErr_CheckSignals()
             with nogil:
                 got = user_send(e, s, data, n, held, all, deadline, done)
         if e.bufs.dead != NULL:
@@ -235,6 +265,12 @@ cdef class Session:
         while True:
             with nogil:
                 got = user_sendto(e, s, data, n, dst, dport, deadline)
+            if got == -USER_SHARED:
+                got = shared_sendto(self, data, n, dst, dport, deadline)
+                if got == -USER_MINE:
+                    e = self.e
+                    s = self.s
+                    continue
             if got == -EINTR:
                 PyErr_CheckSignals()
             elif got == -USER_RESOLVE:
@@ -256,6 +292,12 @@ cdef class Session:
         while True:
             with nogil:
                 seg = user_recv_seg(e, s, max_bytes, deadline, &err)
+            if seg == NULL and err == -USER_SHARED:
+                err = shared_recv_seg(self, max_bytes, deadline, &seg)
+                e = self.e
+                s = self.s
+                if err == -USER_MINE:
+                    continue
             if seg != NULL or err != -EINTR:
                 break
             PyErr_CheckSignals()
@@ -294,10 +336,17 @@ cdef class Session:
         while True:
             with nogil:
                 rc = user_wait(e, s, mask, deadline, &ready)
+            if rc == -USER_SHARED:
+                rc = shared_wait(self, mask, deadline)
+                if rc == -USER_MINE:
+                    e = self.e
+                    s = self.s
+                    continue
+                ready = rc
             if rc != -EINTR:
                 break
             PyErr_CheckSignals()
-        if rc == -EBADF:
+        if rc == -EBADF or rc == -USER_STAYED:
             fail(rc)
         return ready & (mask | UL_ERROR | UL_HUP)
 
@@ -306,20 +355,21 @@ cdef class Session:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int err = 0
-        if s.closing:
-            return -1
+        cdef int number = -1
         with nogil:
             engine_lock(e)
-            if s.fd == NULL:
-                s.fd = readyfd_new(&err)
+            if s.fd == NULL and not s.closing:
+                s.fd = readyfd_new(s.flow.proto == UL_IPPROTO_UDP, &err)
                 if s.fd != NULL:
                     e.watched += 1
                     readyfd_show(s.fd, session_ready(s))
                     helper_wake(e)         # from now on frames must be noticed at once
+            if s.fd != NULL:
+                number = s.fd.user_fd
             engine_unlock(e)
-        if s.fd == NULL:
+        if err < 0:
             fail(err)
-        return s.fd.user_fd
+        return number
 
     # ------------------------------------------------------------ names, state, options
 
@@ -343,11 +393,12 @@ cdef class Session:
 
     @property
     def live(self):
-        return self.s.role == ROLE_TCP or self.s.role == ROLE_UDP or self.s.role == ROLE_LISTEN
+        cdef int role = self.s.shared_as if self.s.role == ROLE_SHARED else self.s.role
+        return role == ROLE_TCP or role == ROLE_UDP or role == ROLE_LISTEN
 
     @property
     def listening(self):
-        return self.s.role == ROLE_LISTEN
+        return self.s.role == ROLE_LISTEN or (self.s.role == ROLE_SHARED and self.s.shared_as == ROLE_LISTEN)
 
     @property
     def closed(self):
@@ -359,11 +410,18 @@ cdef class Session:
         cdef ul_session *s = self.s
         cdef int state = 0
         cdef int role
+        cdef uint32_t ready
         with nogil:
             engine_lock(e)
             role = s.role
             if role == ROLE_TCP:
                 state = tcp_state(s.tcp)
+            elif role == ROLE_SHARED:
+                # The server knows better; its Info has it. This is what both ends of the pair say of it.
+                role = s.shared_as
+                if role == ROLE_TCP:
+                    ready = session_ready(s)
+                    state = 0 if ready & UL_HUP else 7 if ready & UL_RDHUP else 6 if s.shared_shut_wr else 4
             engine_unlock(e)
         if role == ROLE_UDP:
             return "OPEN"
@@ -392,6 +450,9 @@ cdef class Session:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int error = 0
+        if s.role == ROLE_SHARED and not shared_ours(self):
+            hook = self.engine.on_shared_error
+            return 0 if hook is None else hook(self)
         with nogil:
             engine_lock(e)
             if s.role == ROLE_TCP:
@@ -411,6 +472,10 @@ cdef class Session:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int rc = 0
+        if s.role == ROLE_SHARED and not shared_ours(self):
+            hook = self.engine.on_shared_option
+            if hook is not None:
+                hook(self, level, name, value)
         with nogil:
             engine_lock(e)
             rc = option_set(e, s, level, name, value)
@@ -426,6 +491,10 @@ cdef class Session:
         cdef ul_session *s = self.s
         cdef int rc
         cdef int value = 0
+        if s.role == ROLE_SHARED and not shared_ours(self):
+            hook = self.engine.on_shared_option
+            if hook is not None:
+                return hook(self, level, name, None)
         with nogil:
             engine_lock(e)
             rc = option_get(s, level, name, &value)
@@ -438,8 +507,16 @@ cdef class Session:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int rc
-        with nogil:
-            rc = user_shutdown(e, s, how)
+        while True:
+            with nogil:
+                rc = user_shutdown(e, s, how)
+            if rc != -USER_SHARED:
+                break
+            rc = shared_shutdown(self, how)
+            if rc != -USER_MINE:
+                break
+            e = self.e
+            s = self.s
         if rc < 0:
             fail(rc)
 
@@ -449,12 +526,19 @@ cdef class Session:
         cdef ul_session *s = self.s
         cdef tcp_stat t
         cdef int role
+        cdef int unread
+        cdef int unsent
         memset(&t, 0, sizeof(t))
         with nogil:
             engine_lock(e)
             role = s.role
             if role == ROLE_TCP:
                 tcp_stat_get(s.tcp, &t)
+            elif role == ROLE_SHARED:
+                role = s.shared_as
+                shared_queues(s, &unread, &unsent)
+                t.unread_bytes = unread
+                t.unsent_bytes = unsent
             elif role == ROLE_UDP:
                 t.bytes_in = s.udp.bytes_in
                 t.bytes_out = s.udp.bytes_out
@@ -462,3 +546,72 @@ cdef class Session:
         if role == ROLE_UDP:
             return {"bytes_in": t.bytes_in, "bytes_out": t.bytes_out}
         return dict(t) if role == ROLE_TCP else {}
+
+    # ------------------------------------------------------------ placed in the server (session_shared)
+
+    @property
+    def shared(self):
+        return self.s.role == ROLE_SHARED
+
+    @property
+    def shared_lock(self):
+        cdef object lock
+        if self.shared_rlock is None:
+            lock = threading.RLock()
+            if self.shared_rlock is None:    # making it may have let another thread in
+                self.shared_rlock = lock
+        return self.shared_rlock
+
+    def share_begin(self):
+        """Export it, keeping handle and descriptor: (user's end, manager's end, state)."""
+        return shared_begin(self)
+
+    def share_end(self, int o_fd, state, uint64_t number):
+        """It is ours again; takes o_fd over. Returns the bytes that were still in the user's end."""
+        return shared_end(self, o_fd, state, number)
+
+    def adopt_fd(self, int u_fd, *, local=None, peer=None, bint listening=False, bint named=False):
+        """A fresh shell becomes a shared session around a descriptor that comes from elsewhere."""
+        shared_adopt(self, u_fd, listening, named)
+        self.set_shared(local=local, peer=peer)
+
+    def set_shared(self, *, local=None, peer=None, listening=None):
+        """What another process, or a call to the server, made of a shared session."""
+        cdef ul_session *s = self.s
+        if s.role != ROLE_SHARED:
+            raise OSError(EINVAL, "the session is not shared")
+        if local is not None:
+            addr_from_text(local[0], &s.flow.laddr)
+            s.flow.lport = <uint16_t>local[1]
+        if peer is not None:
+            addr_from_text(peer[0], &s.flow.raddr)
+            s.flow.rport = <uint16_t>peer[1]
+            if s.shared_as == ROLE_SHELL:
+                s.shared_as = ROLE_UDP if self.kind == UL_IPPROTO_UDP else ROLE_TCP
+        if listening is not None:
+            s.shared_as = ROLE_LISTEN if listening else ROLE_SHELL
+
+    def leave(self):
+        """Of a shared session: close it here, but not its descriptor, which is the caller's from now on."""
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        cdef int fd = -1
+        with self.shared_lock:
+            with nogil:
+                engine_lock(e)
+                if s.role == ROLE_SHARED and s.fd != NULL and not s.closing:
+                    fd = s.fd.user_fd
+                    s.fd.user_fd = -1
+                    session_close(e, s, False)
+                engine_unlock(e)
+        if fd < 0:
+            raise OSError(EINVAL, "the session is not shared")
+        return fd
+
+    def announced(self):
+        """Of a shared listener: the number of the next connection that waits, or None."""
+        return shared_announced(self)
+
+    def rebind(self, owner):
+        """Move to another engine, after a fork."""
+        owner.take_session(self)

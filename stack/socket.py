@@ -6,8 +6,8 @@ no socket (constants, exceptions, getaddrinfo, inet_aton, ...) is the standard m
 Where a socket's sessions are set up (a Host) is chosen by ``socket(..., host=)``, else by ``set_default_host()``,
 else it is the network server named by ULNET_SERVER or at the default path.
 
-differs from socket(7): a connection belongs to this process and cannot be duplicated or inherited; ``fileno()`` is for
-select, poll and epoll only (reading or writing it by os.read or os.write does not touch the connection).
+differs from socket(7): ``fileno()`` is for select, poll and epoll only, unless the session was placed in the server
+(``detach``, ``set_inheritable``): only then os.read and os.write touch the connection.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ulnet.stack._socket import Socket, parse_address
 from ulnet.stack._sockopt import Options
 from ulnet.stack.engine import ERROR, HUP, READABLE, WRITABLE
 from ulnet.stack.host import Host
+from ulnet.stack.openfile import File, find, show
 from ulnet.stack.session import Session
 
 if TYPE_CHECKING:  # at run time every public name of the standard module is taken over, below
@@ -101,13 +102,10 @@ class socket(Socket):
     """
 
     __slots__ = (
-        "_bound",
         "_closed",
-        "_connecting",
-        "_host",
+        "_fd",
+        "_file",
         "_io_refs",
-        "_listening",
-        "_options",
         "family",
         "proto",
         "type",
@@ -118,6 +116,7 @@ class socket(Socket):
     ) -> None:
         self._closed = True  # until it is whole: __del__ may see it earlier
         self._io_refs = 0
+        self._fd = -1
         if fileno is not None:
             self._revive(fileno)
             return
@@ -147,23 +146,36 @@ class socket(Socket):
         self.family = _std.AF_INET
         self.type = _std.SOCK_STREAM if session.kind == _std.IPPROTO_TCP else _std.SOCK_DGRAM
         self.proto = proto
-        self._host = host
-        self._options = options
-        self._bound: _Address | None = None  # as bind() named it
-        self._listening = False
-        self._connecting = False
+        session.file = File(host, options)
+        self._open(session, named)
+
+    def _open(self, session: Session, named: bool) -> None:
+        self._file: File = session.file
+        self._file.users += 1
         self._adopt(session, named)
         self.settimeout(_default_timeout)
         self._closed = False
 
     def _revive(self, fileno: int) -> None:
-        other = _detached.pop(fileno, None)
-        if other is None or other.session is None:
-            message = f"descriptor {fileno} is no socket of this stack: only what detach() gave can be taken over"
-            raise OSError(errno.ENOTSOCK, message)
-        self._setup(other._host, other.session, other.proto, other._options, other._named)
-        self._bound, self._listening, self._connecting = other._bound, other._listening, other._connecting
-        other._adopt(None, False)
+        """A socket around a descriptor: one that this process has a socket for already, or one passed to it."""
+        keeper = _detached.pop(fileno, None)
+        session = keeper.session if keeper is not None else find(fileno)
+        if session is None:
+            host = get_default_host()
+            session = host.hold(fileno)
+            if session is None:
+                raise OSError(errno.ENOTSOCK, f"descriptor {fileno} is no socket of this stack")
+            session.file = File(host, Options())
+            session.file.listening = session.listening
+        elif fileno != session.fileno():
+            self._fd = fileno
+        self.family = _std.AF_INET
+        self.type = _std.SOCK_STREAM if session.kind == _std.IPPROTO_TCP else _std.SOCK_DGRAM
+        self.proto = session.kind
+        self._open(session, keeper._named if keeper is not None else session.session_id != 0)
+        if keeper is not None:
+            keeper._adopt(None, False)
+            self._file.users -= 1
 
     def _need(self) -> Session:
         session = self.session
@@ -174,7 +186,7 @@ class socket(Socket):
     @property
     def host(self) -> Host:
         """Where this socket's session is set up."""
-        return self._host
+        return self._file.host
 
     # -- names and connections --
 
@@ -187,8 +199,8 @@ class socket(Socket):
         host, port = parse_address(address, "bind")
         if self._named:
             raise OSError(errno.EINVAL, f"the socket is bound already, to {_show(self.getsockname())}")
-        options = self._options
-        self._bound = self._host.bind(
+        options = self._file.options
+        self._file.bound = self._file.host.bind(
             session, host, port, reuse_address=options.reuse_address, reuse_port=options.reuse_port
         )
         self._adopt(session, True)
@@ -202,21 +214,20 @@ class socket(Socket):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if not self._named:
             self.bind(("", 0))
-        self._host.listen(session, max(backlog, 0))
-        self._listening = True
+        self._file.host.listen(session, max(backlog, 0))
+        self._file.listening = True
 
     def accept(self) -> tuple[socket, _Address]:
         """Wait for a connection; returns (a new socket, the peer's address)."""
         session = self._need()
-        if not self._listening:
+        if not self._file.listening:
             raise OSError(errno.EINVAL, "accept() on a socket that does not listen")
-        engine = session.engine
-        accepted = engine.accept(session)
+        accepted = self._file.host.accept(session)
         if accepted is None:
             accepted = self._wait_accept(session)
-        self._host.accepted(session, accepted)
-        sock = _wrap(self._host, accepted, self.proto, Options(self._options), named=True)
-        sock._options.apply(accepted)
+        self._file.host.accepted(session, accepted)
+        sock = _wrap(self._file.host, accepted, self.proto, Options(self._file.options), named=True)
+        sock._file.options.apply(accepted)
         return sock, accepted.peer or ("0.0.0.0", 0)
 
     def _wait_accept(self, session: Session) -> Session:
@@ -224,7 +235,7 @@ class socket(Socket):
         deadline = time.monotonic_ns() + timeout_ns
         while True:
             ready = session.wait(READABLE, timeout_ns)
-            accepted = session.engine.accept(session)
+            accepted = self._file.host.accept(session)
             if accepted is not None:
                 return accepted
             if self.session is not session:
@@ -245,33 +256,33 @@ class socket(Socket):
         if self.type == _std.SOCK_STREAM and self._already(session):
             return
         try:
-            self._host.connect(session, host, port, self._timeout_ns)
+            self._file.host.connect(session, host, port, self._timeout_ns)
         except (BlockingIOError, TimeoutError):
-            self._connecting = session.state in _UNCONNECTED and session.ready == 0  # it goes on
+            self._file.connecting = session.state in _UNCONNECTED and session.ready == 0  # it goes on
             raise
         self._adopt(session, True)
-        self._options.apply(session)
+        self._file.options.apply(session)
 
     def _already(self, session: Session) -> bool:
         """connect() again: True when what was started before has succeeded (connect(2): 0, EALREADY, EISCONN)."""
-        if self._listening:
+        if self._file.listening:
             raise OSError(errno.EISCONN, "a listening socket cannot connect")
-        if not self._connecting:
+        if not self._file.connecting:
             if session.live and session.state not in _UNCONNECTED:
                 raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
             return False
         ready = session.ready if self._timeout_ns == 0 else session.wait(WRITABLE, self._timeout_ns)
         number = session.take_error()
         if number or ready & (ERROR | HUP):
-            self._connecting = False
+            self._file.connecting = False
             raise OSError(number or errno.ECONNABORTED, os.strerror(number or errno.ECONNABORTED))
         if not ready & WRITABLE:
             if self._timeout_ns > 0:
                 raise TimeoutError("timed out")
             raise BlockingIOError(errno.EALREADY, os.strerror(errno.EALREADY))
-        self._connecting = False
+        self._file.connecting = False
         self._adopt(session, True)
-        self._options.apply(session)
+        self._file.options.apply(session)
         return True
 
     def connect_ex(self, address: Any, /) -> int:
@@ -289,13 +300,13 @@ class socket(Socket):
         session = self._need()
         if session.live:
             return session.local
-        return self._bound or ("0.0.0.0", 0)
+        return self._file.bound or ("0.0.0.0", 0)
 
     def getpeername(self) -> _Address:
         """The peer's (address, port); ENOTCONN without one."""
         session = self._need()
         peer = session.peer
-        if peer is None or (self.type == _std.SOCK_STREAM and (self._listening or session.state in _UNCONNECTED)):
+        if peer is None or (self.type == _std.SOCK_STREAM and (self._file.listening or session.state in _UNCONNECTED)):
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         return peer
 
@@ -309,24 +320,24 @@ class socket(Socket):
 
     def setsockopt(self, level: int, optname: int, value: Any, optlen: int | None = None, /) -> None:
         """Set an option to an int or packed bytes. ENOPROTOOPT: not one of this stack's."""
-        self._options.set(self._need(), level, optname, value, optlen)
+        self._file.options.set(self._need(), level, optname, value, optlen)
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0, /) -> Any:
         """An option's value: an int, or bytes when buflen is given."""
-        if level == _std.SOL_SOCKET and optname == _std.SO_ERROR and self._connecting:
+        if level == _std.SOL_SOCKET and optname == _std.SO_ERROR and self._file.connecting:
             return self._connect_error()
-        return self._options.get(self._need(), level, optname, listening=self._listening, buflen=buflen)
+        return self._file.options.get(self._need(), level, optname, listening=self._file.listening, buflen=buflen)
 
     def _connect_error(self) -> int:
         # How programs learn the outcome of a connect that they did not wait for.
         session = self._need()
         number = session.take_error()
         if number:
-            self._connecting = False
+            self._file.connecting = False
         elif session.live and session.state not in _UNCONNECTED:
-            self._connecting = False
+            self._file.connecting = False
             self._adopt(session, True)
-            self._options.apply(session)
+            self._file.options.apply(session)
         return number
 
     # -- files and descriptors --
@@ -334,7 +345,9 @@ class socket(Socket):
     def fileno(self) -> int:
         """A descriptor for select, poll and epoll, made at the first call; -1 once closed."""
         session = self.session
-        return -1 if session is None else session.fileno()
+        if session is None:
+            return -1
+        return self._fd if self._fd >= 0 else show(session)
 
     def makefile(
         self,
@@ -380,28 +393,60 @@ class socket(Socket):
         return total
 
     def dup(self) -> socket:
-        """Refused: a session has one owner."""
-        raise OSError(errno.EOPNOTSUPP, "a connection of this stack has one owner: share the socket, do not dup() it")
+        """Another socket, with a descriptor of its own, for the same connection; it ends with the last of them."""
+        fd = os.dup(self._need() and self.fileno())
+        try:
+            twin = type(self)(self.family, self.type, self.proto, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        twin.settimeout(self.gettimeout())
+        return twin
 
     def get_inheritable(self) -> bool:
-        """Always False: a connection lives in this process."""
-        return False
+        """Does a program run by exec get the descriptor?"""
+        return self._need().session_id != 0 and os.get_inheritable(self.fileno())
 
     def set_inheritable(self, inheritable: bool, /) -> None:
-        """Only False is possible."""
-        if inheritable:
-            raise OSError(errno.EOPNOTSUPP, "a connection of this stack lives in this process: it cannot be inherited")
+        """True: programs run by exec get the descriptor, and ``socket(fileno=...)`` there takes it over.
+
+        The session then stays in the network server, for nobody can tell who has its descriptor.
+        """
+        session = self._need()
+        self._file.inheritable = bool(inheritable)
+        self._share_as_wished(session)
+
+    def _share_as_wished(self, session: Session) -> None:
+        # A socket without a name waits for it.
+        if session.session_id and self._file.inheritable != os.get_inheritable(self.fileno()):
+            self._file.host.publish(session, self._file.inheritable)
+            os.set_inheritable(self.fileno(), self._file.inheritable)
 
     def detach(self) -> int:
-        """Leave the connection to its descriptor; ``socket(fileno=...)`` takes it over, ``close(fd)`` ends it."""
+        """Leave the connection to its descriptor, which carries the data from now on: os.read and os.write do, too.
+
+        ``socket(fileno=...)`` takes it over; closing the descriptor ends it.
+        """
         session = self.session
         if session is None:
             return -1
-        fd = session.fileno()
-        keeper = _wrap(self._host, session, self.proto, self._options, self._named)
-        keeper._bound, keeper._listening, keeper._connecting = self._bound, self._listening, self._connecting
-        _detached[fd] = keeper
+        fd = self.fileno()
+        if self._file.users > 1:
+            self._file.users -= 1  # others go on with it
+        else:
+            try:
+                own = self._file.host.leave(session)
+                if own != fd:
+                    os.close(own)
+            except OSError:
+                # Without a name, or without a server: kept until socket(fileno=) or close(fd) of this module.
+                keeper = socket.__new__(socket)
+                keeper._closed, keeper._io_refs, keeper._fd = False, 0, self._fd
+                keeper.proto, keeper.type, keeper.family, keeper._file = self.proto, self.type, self.family, self._file
+                keeper._adopt(session, self._named)
+                _detached[fd] = keeper
         self._adopt(None, False)
+        self._fd = -1
         self._closed = True
         return fd
 
@@ -421,9 +466,15 @@ class socket(Socket):
 
     def _real_close(self) -> None:
         session = self.session
-        if session is not None:
-            self._adopt(None, False)
-            self._host.close(session, abort=self._options.abort_on_close)
+        if session is None:
+            return
+        self._adopt(None, False)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        self._file.users -= 1
+        if not self._file.users:
+            self._file.host.close(session, abort=self._file.options.abort_on_close)
 
     def __enter__(self) -> socket:
         return self
@@ -462,6 +513,7 @@ def _wrap(host: Host, session: Session, proto: int, options: Options, named: boo
     sock = socket.__new__(socket)
     sock._closed = True
     sock._io_refs = 0
+    sock._fd = -1
     sock._setup(host, session, proto, options, named)
     return sock
 
@@ -561,13 +613,13 @@ def has_dualstack_ipv6() -> bool:
 
 
 def fromfd(fd: int, family: int, type: int, proto: int = 0) -> socket:
-    """Refused: it would duplicate a descriptor, and a session has one owner (see ``socket.detach``)."""
-    raise OSError(errno.EOPNOTSUPP, "fromfd() duplicates a descriptor, which this stack cannot: use socket(fileno=...)")
-
-
-def dup(fd: int, /) -> int:
-    """Refused, as ``socket.dup``."""
-    raise OSError(errno.EOPNOTSUPP, "a connection of this stack has one owner: dup() is not possible")
+    """A socket around a duplicate of a descriptor: of this process's own, or one that was passed to it."""
+    copy = os.dup(fd)
+    try:
+        return socket(family, type, proto, copy)
+    except BaseException:
+        os.close(copy)
+        raise
 
 
 def close(fd: int, /) -> None:
@@ -584,3 +636,5 @@ if not TYPE_CHECKING:
     globals().update((name, value) for name, value in vars(_std).items() if name not in globals())
 
 __all__ = sorted({name for name in _std.__all__ if name in globals()} | {"get_default_host", "set_default_host"})
+
+import ulnet.stack.passing  # noqa: E402, F401  so that multiprocessing knows how to pass sockets on

@@ -128,6 +128,8 @@ cdef Py_ssize_t tcp_write_hold(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, 
 # >= 1 bytes; 0 end of file; -EAGAIN nothing yet; pending error otherwise
 cdef Py_ssize_t tcp_read(tcp_env *env, tcp_pcb *pcb, uint8_t *out, size_t n, bint peek) noexcept nogil
 cdef rxseg *tcp_read_seg(tcp_env *env, tcp_pcb *pcb, size_t max_bytes, int *err) noexcept nogil  # zero copy; *err as tcp_read
+# n bytes at the front of pcb.rcv were used where they lie.
+cdef void tcp_took(tcp_env *env, tcp_pcb *pcb, size_t n) noexcept nogil
 cdef int tcp_shutdown(tcp_env *env, tcp_pcb *pcb, int how) noexcept nogil               # SHUT_RD, SHUT_WR, SHUT_RDWR
 cdef void tcp_close(tcp_env *env, tcp_pcb *pcb) noexcept nogil                          # user is gone: FIN, or RST if unread data
 cdef void tcp_abort(tcp_env *env, tcp_pcb *pcb) noexcept nogil                          # RST, CLOSED

@@ -5,7 +5,7 @@
 from libc.errno cimport EAGAIN, EINVAL, EISCONN, ENOMEM, ENOPROTOOPT, ENOTCONN, EPIPE
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from ulnet.stack.buf cimport rxq_clear, rxq_read, rxq_take, rxseg, txq_append_copy, txq_append_hold, txq_clear
+from ulnet.stack.buf cimport rxq_clear, rxq_drop, rxq_read, rxq_take, rxseg, txq_append_copy, txq_append_hold, txq_clear
 from ulnet.stack.seqnum cimport seq_gt, seq_lt
 from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_congestion cimport TCP_CC_NEWRENO, tcp_cc_start
@@ -306,6 +306,11 @@ cdef rxseg *tcp_read_seg(tcp_env *env, tcp_pcb *pcb, size_t max_bytes, int *err)
         return NULL
     after_read(pcb)
     return s
+
+
+cdef void tcp_took(tcp_env *env, tcp_pcb *pcb, size_t n) noexcept nogil:
+    rxq_drop(env.bufs, &pcb.rcv, n)
+    after_read(pcb)
 
 
 cdef void shut_write(tcp_env *env, tcp_pcb *pcb) noexcept nogil:

@@ -1,8 +1,9 @@
 """OpenSSL over a socket that it cannot read itself: its object works on two buffers in memory, we move ciphertext.
 
-``read``, ``write``, ``do_handshake`` and ``shutdown`` behave as those of the object that ``ssl.SSLSocket`` has, with the
-time-outs of the socket. Ciphertext is read record by record (RFC 8446 5.1), as OpenSSL does: bytes of the next record
-stay in the session, so that fileno() says readable while there is more, and what follows close_notify is the program's.
+``read``, ``write``, ``do_handshake`` and ``shutdown`` behave as those of the object that ``ssl.SSLSocket`` has, with
+the time-outs of the socket. Ciphertext is read record by record (RFC 8446 5.1), as OpenSSL does: bytes of the next
+record stay in the session, so that fileno() says readable while there is more, and what follows close_notify is the
+program's.
 
 Locks: ``_send_lock`` keeps ciphertext in order, ``_receive_lock`` a record in one piece, ``_object_lock`` OpenSSL's
 object to one thread at a time (never held while waiting). Order: send, receive, object.

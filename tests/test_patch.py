@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import reduction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -225,6 +226,20 @@ class TestLoopback:
         with socket.socket(type=socket.SOCK_DGRAM) as client:
             assert client.sendto(b"x", 0, (THERE, 9)) == 1
             assert is_ours(client) and client.getsockname()[0] == "10.0.0.1"
+
+    def test_passing_on(self, there: Embedded) -> None:
+        """A socket on loopback is passed on by multiprocessing as the kernel's."""
+        with socket.socket() as listener, socket.socket() as client:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            client.connect(listener.getsockname())
+            server, _ = listener.accept()
+            passed = reduction.ForkingPickler.loads(bytes(reduction.ForkingPickler.dumps(client)))
+            with server, passed:
+                assert type(passed) is KERNEL and passed.getsockname() == client.getsockname()
+                client.close()
+                passed.sendall(b"passed")
+                assert server.recv(9) == b"passed"
 
     def test_wildcard_stays(self, there: Embedded) -> None:
         with socket.socket() as listener:

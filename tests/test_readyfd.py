@@ -3,6 +3,7 @@
 import os
 import random
 import select
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -14,9 +15,9 @@ IN, OUT = select.POLLIN, select.POLLOUT
 POLL_ALL = IN | OUT | select.POLLRDHUP
 
 
-@pytest.fixture
-def ready() -> Iterator[ReadyFd]:
-    fd = ReadyFd()
+@pytest.fixture(params=[False, True], ids=["stream", "datagram"])
+def ready(request: pytest.FixtureRequest) -> Iterator[ReadyFd]:
+    fd = ReadyFd(datagram=request.param)
     yield fd
     fd.close()
 
@@ -167,6 +168,58 @@ def test_user_meddling_stays_the_users(ready: ReadyFd) -> None:
     for mask in (2, 0, 3, 1, 0, 2):
         ready.show(mask)
     assert selected(ready.fileno()) == (False, True)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3, RDHUP, HUP, ERROR | HUP])
+def test_surrendered_it_carries_data(ready: ReadyFd, before: int) -> None:
+    number = ready.fileno()
+    ready.show(before)
+    fresh = bool(before & (RDHUP | HUP))
+    end = socket.socket(fileno=ready.surrender(fresh=fresh))
+    end.setblocking(False)
+    user = socket.socket(fileno=os.dup(number))
+    user.setblocking(False)
+    assert ready.fileno() == number and polled(number) == OUT  # empty, and nothing of the old show is left
+    ready.show(3)
+    assert polled(number) == OUT  # it shows nothing now
+    for a, b in ((user, end), (end, user)):
+        for size in (1, 100, 60_000):
+            data = random.randbytes(size)
+            assert a.send(data) == size
+            assert b.recv(1 << 20) == data
+    user.send(b"left behind")
+    end.send(b"left behind")
+    ready.regain(end.detach())
+    assert ready.shown == WRITABLE and polled(number) == OUT
+    for mask in (0, 3, 1, 2, 0, RDHUP, HUP):
+        ready.show(mask)
+        assert polled(number) & (IN | OUT) == (IN if mask & (1 | RDHUP | HUP) else 0) | (OUT if mask & (2 | HUP) else 0)
+    user.close()
+
+
+def test_regained_half_shut(ready: ReadyFd) -> None:
+    with select.epoll() as epoll:
+        epoll.register(ready.fileno(), IN | OUT | select.EPOLLRDHUP | select.EPOLLET)
+        epoll.poll(0)
+        end = socket.socket(fileno=ready.surrender())
+        end.shutdown(socket.SHUT_WR)  # the peer has ended its direction meanwhile
+        assert epoll.poll(0) == [(ready.fileno(), IN | OUT | select.EPOLLRDHUP)]
+        ready.regain(end.detach())
+        assert ready.shown == READABLE | WRITABLE | RDHUP
+        epoll.poll(0)  # (the kernel takes a change of SO_SNDBUF for an edge)
+        ready.show(ready.shown)
+        assert epoll.poll(0) == []  # nothing has changed
+        ready.show(HUP | RDHUP)
+        assert epoll.poll(0)[0][1] & select.EPOLLHUP
+    with pytest.raises(ValueError, match="not surrendered"):
+        ready.regain(-1)
+
+
+def test_a_new_pair_keeps_what_the_program_made_of_its_descriptor(ready: ReadyFd) -> None:
+    os.set_inheritable(ready.fileno(), True)
+    ready.show(HUP)
+    ready.show(0)
+    assert os.get_inheritable(ready.fileno())
 
 
 def test_descriptors_come_back() -> None:

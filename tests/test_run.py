@@ -255,6 +255,17 @@ class TestTraffic:
         assert finish(start(bed, "-c", code, str(tmp_path)))[0] == "True ulnet.stack.socket\n"
 
 
+def test_other_commands_are_not_patched(tmp_path: Path) -> None:
+    """A network server started by a patched program uses the kernel's sockets."""
+    code = (
+        "import socket, ulnet.patch; from ulnet.cli import main; before = socket.socket.__mro__[1].__module__\n"
+        "try: main(['sessions', '--socket', '/nowhere'])\n"
+        "except SystemExit: print(before, socket.socket.__mro__[1].__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, env=environment())
+    assert done.stdout == "ulnet.stack.socket _socket\n"
+
+
 class TestMistakes:
     def fail(self, *arguments: str) -> str:
         done = subprocess.run([*RUN, *arguments], capture_output=True, text=True, timeout=20, env=environment())
@@ -266,6 +277,18 @@ class TestMistakes:
     def test_no_server(self, tmp_path: Path) -> None:
         line = self.fail("--server", str(tmp_path / "none"), "-c", "print('never')")
         assert f"no network server at {tmp_path / 'none'}" in line and "ulnet netserver" in line
+
+    def test_patch_without_server(self, tmp_path: Path) -> None:
+        code = "import ulnet.patch, socket; socket.socketpair(); socket.create_connection(('10.0.0.1', 80))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            env=environment() | {"ULNET_SERVER": str(tmp_path / "none")},
+        )
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("FileNotFoundError") and f"no network server at {tmp_path / 'none'}" in line
 
     def test_no_file(self, tmp_path: Path) -> None:
         assert str(tmp_path / "none.py") in self.fail(str(tmp_path / "none.py"))

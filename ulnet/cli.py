@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ulnet.run import main as run_program
 
         return run_program(words[1:])
+    if "ulnet.patch" in sys.modules:
+        sys.modules["ulnet.patch"].undo()  # a patched program started us: the server itself is the kernel's client
     arguments = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:

@@ -17,9 +17,10 @@ import socket
 import ssl  # before anything is replaced: ssl.SSLSocket stays derived from the kernel's class
 import sys
 from collections.abc import Callable
+from multiprocessing import reduction  # it registers the kernel's class under the name it finds
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ulnet import standin
 from ulnet.stack import dispatch, proxy, resolve, tls  # noqa: F401 (proxy: it must know the true modules)
@@ -50,6 +51,7 @@ def install(*, children: bool = True) -> None:
     for module in (select, selectors):
         _own(module)  # before it could see the patched one
     _set_aside((socket, ssl, select, selectors))
+    _teach_pickling()
     for name, value in _socket_names().items():
         _replace(socket, name, value)
     _replace(ssl.SSLContext, "sslsocket_class", tls.Choice)
@@ -115,6 +117,15 @@ def _own(module: ModuleType) -> ModuleType | None:
         return importlib.import_module(f"ulnet.stack.{module.__name__}")
     except ModuleNotFoundError:
         return None  # our descriptors tell the standard ones the truth
+
+
+def _teach_pickling() -> None:
+    """multiprocessing carries sockets by their exact class: those of the patch like the classes they stand for."""
+    known = cast(Any, reduction.ForkingPickler)._extra_reducers
+    reduction.register(dispatch.Held, known[dispatch.KernelSocket])
+    plain = known.get(_ulnet.socket)
+    if plain is not None:
+        reduction.register(dispatch.socket, lambda sock: (dispatch.rebuild, plain(sock)))
 
 
 # -- functions of the socket module that take descriptors ------------------------------------------

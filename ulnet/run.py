@@ -53,7 +53,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         elif word in ("-m", "-c", "--"):
             at += 1
             break
-        elif not word.startswith("-") or word.startswith(("-m", "-c")):
+        elif word == "-" or not word.startswith("-") or word.startswith(("-m", "-c")):
             break
     return list(argv[:at]), list(argv[at:])
 

@@ -1,0 +1,36 @@
+"""Flows as the table, the demultiplexer and frames have them."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+
+from ulnet.netserver.records import TCP, UDP, Flow
+from ulnet.stack import protocol as p
+
+
+def wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:
+    """A flow as the demultiplexer wants it."""
+    protocol, laddr, lport, raddr, rport = flow
+    return protocol, IPv4Address(laddr), lport, IPv4Address(raddr) if raddr else None, rport
+
+
+def flow_of_stray(stray: bytes) -> Flow | None:
+    """The flow of a stray, as its receiver sees it; None unless it is TCP or UDP over IPv4 over Ethernet."""
+    frame = stray[p.STRAY_HEAD : p.STRAY_HEAD + 14 + 60 + 4]
+    if (
+        len(frame) < 38
+        or len(stray) > p.STRAY_HEAD + p.MAX_FRAME_BYTES
+        or frame[12:14] != b"\x08\x00"
+        or frame[14] >> 4 != 4
+    ):
+        return None
+    transport = 14 + (frame[14] & 15) * 4
+    if frame[23] not in (TCP, UDP) or len(frame) < transport + 4 or transport < 34:
+        return None
+    if int.from_bytes(frame[20:22], "big") & 0x1FFF:
+        return None  # a later fragment has no ports
+    source = ".".join(map(str, frame[26:30]))
+    destination = ".".join(map(str, frame[30:34]))
+    sport = int.from_bytes(frame[transport : transport + 2], "big")
+    dport = int.from_bytes(frame[transport + 2 : transport + 4], "big")
+    return frame[23], destination, dport, source, sport

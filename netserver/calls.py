@@ -102,7 +102,8 @@ class Calls:
             else:
                 app = self.applications.get(sender.task)
                 if app is None:
-                    raise Refusal(errno.ENOTCONN, "attach first", violation=True)
+                    # Its engine may still forward what comes for sessions it gave back on leaving.
+                    raise Refusal(errno.ENOTCONN, "attach first", violation=message.id != p.Call.STRAY)
                 self._handlers[message.id](app, record, message)
         except p.ProtocolError as error:
             self._refuse(message, sender, session, errno.EPROTO, str(error), violation=True)

@@ -370,7 +370,9 @@ class SessionTable:
             self.demux.move_flow(*wire(record.flow), 0)
         self._unguard(record)
         record.owner = None
-        record.former[app.serial] = time.monotonic_ns() + FORMER_NS
+        now = time.monotonic_ns()
+        record.former = {serial: until for serial, until in record.former.items() if until > now}
+        record.former[app.serial] = now + FORMER_NS
         return session
 
     def _replay_early(self, record: SessionRecord) -> None:

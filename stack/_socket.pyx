@@ -353,7 +353,10 @@ cdef class Socket:
                     break
                 cap = cap + unread if cap + unread < n else n
                 _PyBytes_Resize(&raw, cap)
-                got += s.recv(<uint8_t *>PyBytes_AS_STRING(<object>raw) + got, cap - got, flags | MSG_DONTWAIT, 0)
+                try:
+                    got += s.recv(<uint8_t *>PyBytes_AS_STRING(<object>raw) + got, cap - got, flags | MSG_DONTWAIT, 0)
+                except BlockingIOError:
+                    break                        # another reader was quicker, or the session is on the move
             if got != cap:
                 _PyBytes_Resize(&raw, got)
             return <object>raw

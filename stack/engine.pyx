@@ -27,6 +27,7 @@ from ulnet.stack.engine_handover cimport (
 )
 from ulnet.stack.engine_input cimport engine_frame, orphans_replay
 from ulnet.stack.engine_output cimport emit_refusal
+from ulnet.stack.engine_polls cimport polls_closed
 from ulnet.stack.engine_report cimport report_counters, report_sessions
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, helper_run, helper_wake, waiters_wake
 from ulnet.stack.metastate cimport Metastate
@@ -474,6 +475,8 @@ cdef class Engine:
                 session_touch(e, s)
                 engine_settle(e)
             rc = handover_export(e, s, &out, &n)
+            if rc == 0:
+                polls_closed(e, s)
             engine_unlock(e)
         if rc < 0:
             fail(rc)

@@ -32,6 +32,7 @@ cdef enum session_role:
     ROLE_ENDED = 5           # failed or closed; so_error may be pending
     ROLE_SHARED = 6          # placed in the server: its user's end is used by kernel calls (session_shared)
     ROLE_STAYED = 7          # in a forked child: the parent's
+    ROLE_POLLSET = 8         # stands for a set of sessions (engine_polls): readable while one of them is ready
 
 cdef enum session_phase:     # what the engine still has to tell about a TCP session
     PHASE_OPEN = 0
@@ -56,12 +57,20 @@ cdef enum:
     USER_STAYED = 100002     # -USER_STAYED: it is the parent process's
 
 ctypedef struct ul_session
+ctypedef struct poll_item
+ctypedef struct wait_side:       # what a waiter watches beside its engine
+    int fd                       # an epoll descriptor; -1: none yet
+    int spare_fd                 # an event descriptor for the next follower; -1: none
+    int64_t due_ns               # look at fd when it is later than this; asleep it is part of the poll(2)
+
 ctypedef struct waiter:
     pthread_cond_t cond
     ul_session *s
     waiter *s_next           # of the same session
     waiter *prev             # of the engine
     waiter *next
+    wait_side *side          # NULL: only the engine
+    int wake_fd              # of a follower asleep in poll(2), with a side; else -1
     uint32_t want
     uint8_t asleep_in_poll   # it drives and sleeps: wake it by the event descriptor
     uint8_t signalled
@@ -91,7 +100,7 @@ ctypedef struct ul_session:
     ul_session *accept_head  # LISTEN: established sessions; else the queue's link
     ul_session *accept_tail
     ul_session *accept_next
-    uint32_t accept_count
+    uint32_t accept_count    # POLLSET: items ready
     uint32_t embryonic
     uint32_t backlog
     uint32_t heap_index      # 0: not in the heap
@@ -101,6 +110,7 @@ ctypedef struct ul_session:
     ul_session *all_prev
     ul_session *all_next
     waiter *waiters
+    poll_item *polls         # the sets that watch it
     void *handle             # its Session object, borrowed; NULL: none. Under the GIL.
     readyfd *fd
     void *relay              # its relay (relay.pxd), or NULL
@@ -112,6 +122,26 @@ ctypedef struct ul_session:
     ul_addr meta_dst
     uint8_t mac[6]
     tcp_config cfg
+
+ctypedef struct poll_set:    # sessions that somebody waits for together (engine_polls)
+    engine *e
+    ul_session *s            # stands for the set: role POLLSET, accept_count is the length of the ready list
+    wait_side *side          # of the owner, shared by its sets in other engines
+    poll_item *ready_head
+    poll_item *ready_tail
+    poll_item *gone          # their sessions were closed: for the owner to forget
+
+ctypedef struct poll_item:
+    ul_session *s            # holds a reference
+    poll_set *set
+    poll_item *s_next        # of the same session
+    poll_item *prev          # ready list
+    poll_item *next          # ready list, list of the gone
+    uint64_t key             # the owner's name for it
+    uint32_t events          # as epoll has them; EPOLLERR and EPOLLHUP always count
+    uint8_t queued           # in the ready list
+    uint8_t outside          # the session is placed in the server: its descriptor is in the side's epoll
+    uint8_t gone
 
 ctypedef struct event_rec:
     event_rec *next

@@ -16,6 +16,7 @@ from ulnet.kernelshim.link cimport UL_LINK_TSO, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
 from ulnet.stack.engine_output cimport emit_arp, emit_reassembly_timeouts, emit_tcp
+from ulnet.stack.engine_polls cimport polls_closed, polls_show
 from ulnet.stack.engine_wait cimport engine_kick, engine_wait_end, engine_wait_init, waiters_wake
 from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new, ip_reass_timers
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
@@ -260,6 +261,8 @@ cdef uint32_t session_ready(const ul_session *s) noexcept nogil:
         return udp_ready(s.udp) | UL_WRITABLE | (UL_READABLE if s.shut_rd else 0)
     if s.role == ROLE_LISTEN:
         return UL_READABLE if s.accept_count else 0
+    if s.role == ROLE_POLLSET:
+        return UL_READABLE if s.accept_count else 0
     if s.role == ROLE_SHARED:
         return shared_ready(s)
     if s.role == ROLE_ENDED or s.role == ROLE_STAYED:
@@ -353,7 +356,7 @@ cdef void session_end(engine *e, ul_session *s, int error) noexcept nogil:
 cdef void session_fd_free(engine *e, ul_session *s) noexcept nogil:
     if s.fd == NULL:
         return
-    if not s.fd.surrendered:
+    if not s.fd.surrendered and not s.fd.quiet:
         e.watched -= 1
     readyfd_free(s.fd)
     s.fd = NULL
@@ -363,6 +366,8 @@ cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil:
     """The user is done with it. TCP goes on by itself until it is CLOSED, then EVENT_GONE."""
     session_ref(s)
     s.closing = 1
+    if s.polls != NULL:
+        polls_closed(e, s)
     waiters_wake(e, s, 0xFF)               # they leave with EBADF
     shared_wake(s)
     if s.role == ROLE_SHARED:
@@ -528,6 +533,8 @@ cdef void settle_one(engine *e, ul_session *s) noexcept nogil:
     ready = session_ready(s)
     if s.fd != NULL:
         readyfd_show(s.fd, ready)
+    if s.polls != NULL:
+        polls_show(e, s, ready)
     if s.relay != NULL:
         relay_queue(e, s)
     if s.waiters != NULL and ready:

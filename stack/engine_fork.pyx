@@ -17,6 +17,7 @@ from ulnet.stack.engine_core cimport (
     HELPER_NONE, PHASE_CONNECTING, ROLE_ENDED, ROLE_FOREIGN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, engine,
     engine_settle, engine_tick, pthread_t, session_new, session_ready, ul_session,
 )
+from ulnet.stack.engine_polls cimport polls_closed
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, engine_wait_end, engine_wait_init
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_renew, readyfd_show
 from ulnet.stack.session_shared cimport shared_wake
@@ -118,6 +119,7 @@ cdef ul_session *session_rebind(engine *e, ul_session *s, engine *into, int *err
         if moved == NULL:
             err[0] = -ENOMEM
         else:
+            polls_closed(e, s)                   # the sets are the parent's
             moved.flow = s.flow
             moved.id = s.id
             moved.role = s.role
@@ -134,7 +136,7 @@ cdef ul_session *session_rebind(engine *e, ul_session *s, engine *into, int *err
             s.handle = NULL
             moved.fd = s.fd
             s.fd = NULL
-            if moved.fd != NULL and not moved.fd.surrendered:
+            if moved.fd != NULL and not moved.fd.surrendered and not moved.fd.quiet:
                 into.watched += 1
                 if e.watched:
                     e.watched -= 1

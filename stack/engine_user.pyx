@@ -101,7 +101,7 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
         else:
             got = dead_answer(s, True)
         if got > 0:
-            if tcp_wants_output(s.tcp) or s.fd != NULL:
+            if tcp_wants_output(s.tcp) or s.fd != NULL or s.polls != NULL:
                 session_touch(e, s)
             if peek:
                 break
@@ -134,7 +134,7 @@ cdef Py_ssize_t user_recvfrom(engine *e, ul_session *s, uint8_t *out, size_t n, 
                 got = 0
             else:
                 got = udp_read(&e.bufs, s.udp, out, n, (flags & USER_PEEK) != 0, src, sport, full_bytes)
-            if got >= 0 and s.fd != NULL:
+            if got >= 0 and (s.fd != NULL or s.polls != NULL):
                 session_touch(e, s)
         else:
             got = dead_answer(s, True)

@@ -9,6 +9,9 @@ and promotes one of them. The helper thread drives only while no caller does. It
     SLEEPS   a caller drives and is itself asleep in poll(2): it signals the helper when it leaves.
     POLLS    nobody else is here: it drives, asleep in poll(2). A caller that wants to spin sends it to nap.
 
+A waiter may have a *side*: kernel descriptors (in one epoll) that it watches as well. They are part of its poll(2) when
+it sleeps, as a driver or as a follower; while the engine keeps it busy it is sent to look at them now and then.
+
 So an idle program uses no CPU, and a busy one makes no system call to keep the helper informed.
 """
 
@@ -20,8 +23,8 @@ from posix.unistd cimport close, read, write
 
 from ulnet.stack.engine_core cimport (
     HELPER_NAPS, HELPER_POLLS, HELPER_RUNS, HELPER_SLEEPS, ROLE_SHARED, USER_SHARED, clock_now, engine, engine_deadline,
-    engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, pthread_t, session_ready, session_ref, session_unref, ul_session,
-    waiter,
+    engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, pthread_t, session_ready, session_ref, session_unref,
+    ul_session, wait_side, waiter,
 )
 from ulnet.stack.types cimport UL_ERROR, UL_HUP
 
@@ -32,6 +35,8 @@ cdef extern from *:
     #include <sched.h>
     #include <sys/eventfd.h>
     static inline void ulnet_contend(uint32_t *n, int by) { __atomic_add_fetch(n, by, __ATOMIC_ACQ_REL); }
+    static inline int ulnet_swap(int *at, int value) { return __atomic_exchange_n(at, value, __ATOMIC_ACQ_REL); }
+    static inline int ulnet_read(int *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
     static inline uint32_t ulnet_contended(uint32_t *n) { return __atomic_load_n(n, __ATOMIC_ACQUIRE); }
     static inline void ulnet_pause(void) {
     #if defined(__x86_64__) || defined(__i386__)
@@ -40,6 +45,8 @@ cdef extern from *:
     }
     """
     void ulnet_contend(uint32_t *n, int by) nogil
+    int ulnet_swap(int *at, int value) nogil
+    int ulnet_read(int *at) nogil
     uint32_t ulnet_contended(uint32_t *n) nogil
     void ulnet_pause() nogil
 
@@ -79,8 +86,10 @@ cdef extern from "<sched.h>" nogil:
 cdef enum:
     BURST = 64
     CLOCK_MONOTONIC_ID = 1
+    LOOK_ON = 2                  # judge: nothing yet
 
 cdef int64_t NAP_NS = 2000000
+cdef int64_t SIDE_NS = 100000    # a busy engine lets kernel descriptors wait no longer than this for a look
 
 
 cdef int engine_wait_init(engine *e) noexcept nogil:
@@ -147,6 +156,14 @@ cdef void helper_wake(engine *e) noexcept nogil:
         engine_kick(e)
 
 
+cdef void engine_take_over(engine *e) noexcept nogil:
+    # With watched descriptors it must notice frames at once, whoever else does.
+    if e.helper == HELPER_POLLS and not e.watched and e.waiters == NULL:
+        engine_kick(e)
+        e.helper = HELPER_NAPS
+        e.driving = 0
+
+
 cdef void engine_left(engine *e) noexcept nogil:
     e.activity += 1
     if e.attention:
@@ -164,17 +181,27 @@ cdef void waiters_wake(engine *e, ul_session *s, uint32_t ready) noexcept nogil:
             if w.asleep_in_poll:
                 engine_kick(e)
             else:
-                pthread_cond_signal(&w.cond)
+                follower_wake(e, w)
         w = w.s_next
 
 
-cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns) noexcept nogil:
-    """Sleep until a frame, a kick or until_ns (INT64_MAX: for ever), lock released. 0, or -EINTR after a signal.
+cdef void follower_wake(engine *e, waiter *w) noexcept nogil:
+    cdef uint64_t one = 1
+    if w.wake_fd >= 0:
+        e.n.kicks += 1
+        write(w.wake_fd, &one, 8)
+    else:
+        pthread_cond_signal(&w.cond)
+
+
+cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns, wait_side *side) noexcept nogil:
+    """Sleep until a frame, a kick or until_ns (INT64_MAX: for ever), lock released. 0, or -EINTR after a signal, or
+    WAIT_SIDE.
 
     Helper and callers have a wake-up descriptor each: a helper sent to nap may still be on its way out
     while the caller that took over goes to sleep, and must not swallow that caller's wake-up.
     """
-    cdef pollfd fds[2]
+    cdef pollfd fds[3]
     cdef timespec ts
     cdef timespec *timeout = NULL
     cdef int64_t left
@@ -186,6 +213,9 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns) noexcept nogil:
     fds[1].fd = e.link.fd                  # -1 is ignored by poll(2)
     fds[1].events = POLLIN
     fds[1].revents = 0
+    fds[2].fd = ulnet_read(&side.fd) if side != NULL else -1
+    fds[2].events = POLLIN
+    fds[2].revents = 0
     if until_ns != INT64_MAX:
         left = until_ns - clock_now()
         if left < 0:
@@ -196,8 +226,8 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns) noexcept nogil:
     e.sleep_until_ns = until_ns
     e.n.polls += 1
     pthread_mutex_unlock(&e.lock)
-    rc = ppoll(fds, 2, timeout, NULL)
-    rc = -EINTR if rc < 0 and errno == EINTR else 0
+    rc = ppoll(fds, 3, timeout, NULL)
+    rc = -EINTR if rc < 0 and errno == EINTR else WAIT_SIDE if fds[2].revents else 0
     if fds[0].revents:
         read(wake_fd, &junk, 8)
     engine_lock(e)
@@ -206,17 +236,19 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns) noexcept nogil:
     return rc
 
 
-cdef int judge(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns) noexcept nogil:
-    """What a waiter finds when it looks: 1 go on waiting, else engine_wait's answer."""
+cdef int judge(engine *e, ul_session *s, const waiter *w, int64_t deadline_ns) noexcept nogil:
+    """What a waiter finds when it looks: LOOK_ON, else engine_wait's answer."""
     if s.closing or e.stop:
         return -EBADF
     if s.role == ROLE_SHARED:
         return -USER_SHARED
-    if session_ready(s) & (want | UL_ERROR | UL_HUP):
+    if session_ready(s) & (w.want | UL_ERROR | UL_HUP):
         return 0
     if deadline_ns >= 0 and e.now_ns >= deadline_ns:
         return -EAGAIN
-    return 1
+    if w.side != NULL and w.side.fd >= 0 and e.now_ns >= w.side.due_ns:
+        return WAIT_SIDE
+    return LOOK_ON
 
 
 cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcept nogil:
@@ -229,8 +261,8 @@ cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcep
             spin_until = e.now_ns + e.spin_ns
         elif spin_until == 0:
             spin_until = e.now_ns + e.spin_ns
-        rc = judge(e, s, w.want, deadline_ns)
-        if rc <= 0:
+        rc = judge(e, s, w, deadline_ns)
+        if rc != LOOK_ON:
             return rc
         if ulnet_contended(&e.contenders):
             step_aside(e)
@@ -244,10 +276,12 @@ cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcep
                 continue
             w.asleep_in_poll = 1
             w.signalled = 0
-            rc = sleep_in_poll(e, e.wake_fd, until)
+            rc = sleep_in_poll(e, e.wake_fd, until, w.side)
             w.asleep_in_poll = 0
-            if rc < 0:
+            if rc != 0:
                 return rc
+            if w.side != NULL:
+                w.side.due_ns = clock_now() + SIDE_NS      # the poll(2) has looked
             spin_until = 1                 # woken for nothing: sleep again; for a frame: spin again
 
 
@@ -255,37 +289,82 @@ cdef void promote_next(engine *e) noexcept nogil:
     """The driver leaves: a waiter takes over, or the helper."""
     if e.waiters != NULL:
         e.waiters.promote = 1
-        pthread_cond_signal(&e.waiters.cond)
+        follower_wake(e, e.waiters)
     elif e.helper == HELPER_SLEEPS or (e.helper == HELPER_NAPS and e.watched):
         pthread_cond_signal(&e.helper_cond)
 
 
-cdef int follow(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcept nogil:
-    """Wait on our own condition while another thread drives. 1: nobody drives any more."""
+cdef int follower_sleep(engine *e, waiter *w, int64_t until_ns) noexcept nogil:
+    """Until a wake-up or until_ns, lock released. 0; -EAGAIN: the time is over; or as sleep_in_poll."""
     cdef timespec ts
+    cdef pollfd fds[2]
+    cdef uint64_t junk
+    cdef int rc
+    if w.side == NULL or ulnet_read(&w.side.fd) < 0:
+        ts.tv_sec = until_ns // 1000000000
+        ts.tv_nsec = until_ns % 1000000000
+        return -EAGAIN if pthread_cond_timedwait(&w.cond, &e.lock, &ts) else 0
+    # A condition cannot be waited for together with descriptors.
+    w.wake_fd = ulnet_swap(&w.side.spare_fd, -1)
+    if w.wake_fd < 0:
+        w.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+    fds[0].fd = w.wake_fd
+    fds[0].events = POLLIN
+    fds[0].revents = 0
+    fds[1].fd = w.side.fd
+    fds[1].events = POLLIN
+    fds[1].revents = 0
+    until_ns -= e.now_ns
+    if until_ns < 0:
+        until_ns = 0
+    elif w.wake_fd < 0 and until_ns > NAP_NS:
+        until_ns = NAP_NS                  # out of descriptors, nobody can wake us: look again soon
+    ts.tv_sec = until_ns // 1000000000
+    ts.tv_nsec = until_ns % 1000000000
+    e.n.polls += 1
+    pthread_mutex_unlock(&e.lock)
+    rc = ppoll(fds, 2, &ts, NULL)
+    rc = -EINTR if rc < 0 and errno == EINTR else -EAGAIN if rc == 0 else WAIT_SIDE if fds[1].revents else 0
+    engine_lock(e)
+    # Under the lock nobody writes any more: what is left in it is read before the next one uses it.
+    if w.wake_fd >= 0:
+        read(w.wake_fd, &junk, 8)
+        until_ns = ulnet_swap(&w.side.spare_fd, w.wake_fd)
+        if until_ns >= 0:
+            close(<int>until_ns)
+        w.wake_fd = -1
+    return rc
+
+
+cdef int follow(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcept nogil:
+    """Wait on our own condition while another thread drives. LOOK_ON: nobody drives any more."""
     cdef int64_t until
     cdef int rc
     while True:
         w.signalled = 0
-        rc = judge(e, s, w.want, deadline_ns)
-        if rc <= 0:
+        rc = judge(e, s, w, deadline_ns)
+        if rc != LOOK_ON:
             return rc
         if not e.driving:
-            return 1
+            return LOOK_ON
         # Signals reach only the thread that runs Python's handlers when it looks: look five times a second.
         until = e.now_ns + 200000000
         if 0 <= deadline_ns < until:
             until = deadline_ns
-        ts.tv_sec = until // 1000000000
-        ts.tv_nsec = until % 1000000000
-        if pthread_cond_timedwait(&w.cond, &e.lock, &ts) != 0:
-            e.now_ns = clock_now()
-            rc = judge(e, s, w.want, deadline_ns)
-            return rc if rc <= 0 else -EINTR
+        rc = follower_sleep(e, w, until)
         e.now_ns = clock_now()
+        if rc == WAIT_SIDE:
+            return rc
+        if rc < 0:
+            rc = judge(e, s, w, deadline_ns)
+            return rc if rc != LOOK_ON else -EINTR
 
 
 cdef int engine_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns) noexcept nogil:
+    return engine_wait_beside(e, s, want, deadline_ns, NULL)
+
+
+cdef int engine_wait_beside(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, wait_side *side) noexcept nogil:
     # e->now_ns is fresh: callers have entered, or polled, a moment ago; the first poll reads the clock again.
     cdef waiter w
     cdef pthread_condattr_t attr
@@ -295,6 +374,8 @@ cdef int engine_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_n
     memset(&w, 0, sizeof(w))
     w.s = s
     w.want = want
+    w.side = side
+    w.wake_fd = -1
     session_ref(s)
     w.s_next = s.waiters
     s.waiters = &w
@@ -318,7 +399,7 @@ cdef int engine_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_n
                 w.next.prev = &w
             e.waiters = &w
         rc = follow(e, s, &w, deadline_ns)
-        if rc <= 0:
+        if rc != LOOK_ON:
             break
         # Before driving: drivers are not in the list of those who could be promoted.
         w.promote = 0
@@ -389,7 +470,7 @@ cdef void helper_run(engine *e) noexcept nogil:
                 continue
             until = engine_deadline(e)
             if until > e.now_ns:
-                sleep_in_poll(e, e.helper_fd, until)
+                sleep_in_poll(e, e.helper_fd, until, NULL)
         if e.helper == HELPER_POLLS:
             e.helper = HELPER_NAPS
             e.driving = 0

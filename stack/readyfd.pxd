@@ -9,8 +9,11 @@ ctypedef struct readyfd:
     uint64_t syscalls
     uint8_t datagram             # SOCK_SEQPACKET: each message keeps its bounds
     uint8_t surrendered          # it carries real data now, somebody else has our end: nothing is shown
+    uint8_t quiet                # only its number is in use: there is no pair yet, nothing is shown
 
 cdef readyfd *readyfd_new(bint datagram, int *err) noexcept nogil
+cdef readyfd *readyfd_reserve(bint datagram, int *err) noexcept nogil    # a quiet one
+cdef int readyfd_steer(readyfd *r) noexcept nogil                    # quiet no more; 0, or -errno: it stays so
 # A pair whose other end somebody else manages, from its user's end (taken over).
 cdef readyfd *readyfd_adopt(int user_fd, bint datagram) noexcept nogil
 # From showing readiness to carrying data: the pair is empty and wide, r.our_fd the caller's to take. `fresh`: what it

@@ -15,7 +15,8 @@ from ulnet.stack.engine_core cimport engine_poll, engine_settle, engine_tick, re
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock
 from ulnet.stack.relay_pump cimport (
     RELAY_DATAGRAMS, RELAY_IDLE, RELAY_LATER, RELAY_LISTENER, RELAY_MORE, RELAY_SCRATCH_BYTES, RELAY_STREAM, TOLD_ENDED,
-    TOLD_HUNG, TOLD_RESET, TOLD_ROOM, relay_announce, relay_drain, relay_pump, relay_unread,
+    TOLD_HUNG, TOLD_RESET, TOLD_ROOM, relay_announce, relay_drain, relay_pump, relay_start,
+    relay_unread,
 )
 from ulnet.stack.session cimport fail
 
@@ -228,6 +229,7 @@ cdef class Relay:
                 rc = -errno
             else:
                 r.s.relay = r
+                relay_start(r)
                 relay_queue(e, r.s)
             engine_unlock(e)
         if rc < 0:

@@ -44,6 +44,8 @@ cdef enum:                   # what a pump says
     RELAY_LATER = 2          # the link or the kernel was full: in a moment
     RELAY_SCRATCH_BYTES = 18 + 65507 + 1
 
+# Before the first pump.
+cdef void relay_start(relay *r) noexcept nogil
 # A bounded part of what can be moved. *spare: a block for the send queue, kept from call to call (NULL: none yet).
 cdef int relay_pump(engine *e, relay *r, txchunk **spare, uint8_t *scratch) noexcept nogil
 # All that the user has written goes into the session, whatever its send buffer's limit.

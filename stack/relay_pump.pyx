@@ -9,7 +9,7 @@ directions were shut. The second is an end, too: TCP has nothing more to ask the
 that data was unread; with none of it and data still in the other end's queue, the end is open and was only shut.
 """
 
-from libc.errno cimport EAGAIN, EINTR, EMSGSIZE, ENOBUFS, ENOMEM, errno
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EMSGSIZE, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -26,6 +26,7 @@ from ulnet.stack.udp cimport udp_icmp, udp_read_seg
 cdef extern from "<sys/socket.h>" nogil:
     enum: SOL_SOCKET
     enum: SO_ERROR
+    enum: SHUT_RD
     enum: SHUT_WR
     enum: SHUT_RDWR
     enum: MSG_DONTWAIT
@@ -398,6 +399,10 @@ cdef int datagrams_up(engine *e, relay *r, uint8_t *scratch, bint whole) noexcep
                 datagram_out(e, r, scratch, <uint32_t>got)
         elif got < 0 and errno == EAGAIN:
             r.in_ready = 0
+        elif got < 0 and errno == ECONNRESET:
+            # Closed with data unread. Of a SOCK_SEQPACKET socket that comes before what is still to be read here.
+            r.hup = 1
+            whole = True
         elif got < 0 and errno != EINTR:
             user_ended(e, r, errno)
         elif got == 0:
@@ -446,6 +451,15 @@ cdef int listener_pump(engine *e, relay *r) noexcept nogil:
 
 
 # ---------------------------------------------------------------- all of them
+
+cdef void relay_start(relay *r) noexcept nogil:
+    cdef ul_session *s = r.s
+    if r.kind != RELAY_STREAM or s.role != ROLE_TCP or session_takes(s.tcp) or s.tcp.state == TCP_CLOSED:
+        return
+    # Our direction was shut before: who writes is told so.
+    c_shutdown(r.fd, SHUT_RD)
+    r.up_done = 1
+
 
 cdef int relay_pump(engine *e, relay *r, txchunk **spare, uint8_t *scratch) noexcept nogil:
     if r.told & (TOLD_HUNG | TOLD_ENDED):

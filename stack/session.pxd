@@ -18,6 +18,8 @@ cdef class Session:
     cdef object former                   # the Engine it belonged to before a fork: threads may be inside
     cdef public object file              # what duplicates of a socket share (openfile.File)
     cdef object __weakref__
+    cdef bint numbered                   # it is known by its number
+    cdef int descriptor(self, bint steered) except? -1
     # timeout_ns: -1 for ever, 0 never block (BlockingIOError), else TimeoutError after it.
     # Errors are raised as OSError with the BSD errno. flags: MSG_PEEK, MSG_DONTWAIT, MSG_WAITALL, MSG_TRUNC.
     # Called with the GIL; it is released inside while waiting or sending.

@@ -8,6 +8,9 @@ from ulnet.stack.engine import Engine
 
 STATES: Final[tuple[str, ...]]
 
+def session_of(number: int) -> Session | None:
+    """The open session whose descriptor has this number (its fileno() or number() was asked), or None."""
+
 class Buffer:
     """Bytes received, by the buffer protocol, in the stack's own memory; read-only.
 
@@ -66,6 +69,8 @@ class Session:
     def shutdown(self, how: int) -> None: ...
     def fileno(self) -> int:
         """The truthful descriptor (made at first use)."""
+    def number(self) -> int:
+        """The number fileno() gives, without anybody steering the descriptor for it; -1 once closed."""
     def stat(self) -> dict[str, int]:
         """state, snd_una, ..., retransmits, bytes_in, bytes_out, srtt_ns (see tcp_stat).
 
@@ -90,8 +95,8 @@ class Session:
     def share_end(self, o_fd: int, state: bytes | bytearray | memoryview | None, number: int) -> int:
         """It is ours again: what U holds goes in front of the state's unread data, the session lives on here, O (taken
         over) steers U. ``state`` None: a listener (numbers still in U are dropped) or a shell. Returns the bytes taken
-        from U. On an exception (OSError EBADF: closed meanwhile, EADDRINUSE; ValueError: malformed) nothing was taken
-        over and it is still shared."""
+        from U. On an exception (OSError EBADF: closed meanwhile, EADDRINUSE; ValueError: malformed) O is still the
+        caller's, and what U held is lost with the state."""
     def adopt_fd(
         self,
         u_fd: int,
@@ -104,12 +109,17 @@ class Session:
         """A fresh shell becomes a shared session around U, which comes from elsewhere and is taken over. ``named``:
         it is neither open nor listening. OSError EISCONN: no shell; ENOTSOCK, EPROTOTYPE: no pair of this kind."""
     def set_shared(
-        self, *, local: tuple[str, int] | None = None, peer: tuple[str, int] | None = None, listening: bool | None = None
+        self,
+        *,
+        local: tuple[str, int] | None = None,
+        peer: tuple[str, int] | None = None,
+        listening: bool | None = None,
     ) -> None:
         """What another process, or a call to the server, made of a shared session: its names, that it listens."""
     def leave(self) -> int:
         """Of a shared session: close it here, but not its descriptor, which is the caller's from now on. EINVAL."""
     def announced(self) -> int | None:
-        """Of a shared listener: the number of the next connection that waits, or None. CLAIM it."""
+        """Of a shared listener: the number of the next connection that waits, or None. CLAIM it. OSError EINVAL when
+        the server has ended it."""
     def rebind(self, engine: Engine) -> None:
         """Move to another engine, after a fork: a shared session, or one without protocol state (shell, ended)."""

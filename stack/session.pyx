@@ -1,6 +1,7 @@
 """One session as Python holds it, and the buffers it lends: locks, waits and errors are dealt with here, once."""
 
 import threading
+import weakref
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -21,7 +22,7 @@ from ulnet.stack.engine_user cimport (
     user_wait,
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, helper_wake
-from ulnet.stack.readyfd cimport readyfd_new, readyfd_show
+from ulnet.stack.readyfd cimport readyfd_new, readyfd_reserve, readyfd_show, readyfd_steer
 from ulnet.stack.session_place cimport shared_adopt, shared_begin, shared_end
 from ulnet.stack.session_options cimport option_get, option_set
 from ulnet.stack.session_shared cimport (
@@ -41,6 +42,30 @@ cdef extern from *:
 
 STATES = ("CLOSED", "LISTEN", "SYN-SENT", "SYN-RECEIVED", "ESTABLISHED", "FIN-WAIT-1", "FIN-WAIT-2", "CLOSE-WAIT",
           "CLOSING", "LAST-ACK", "TIME-WAIT")
+
+
+# Sessions by the number of their descriptor, for who has only that. Entries of sessions that ended stay until the
+# number is used again: so whoever looks asks the session whether the number is still its own.
+cdef dict numbers = {}
+
+
+def session_of(int number):
+    """The open session whose descriptor has this number, or None."""
+    cdef Session session
+    cdef engine *e
+    cdef ul_session *s
+    cdef bint its_own
+    ref = numbers.get(number)
+    session = ref() if ref is not None else None
+    if session is None:
+        return None
+    e = session.e
+    s = session.s
+    with nogil:
+        engine_lock(e)
+        its_own = s.fd != NULL and s.fd.user_fd == number and not s.closing
+        engine_unlock(e)
+    return session if its_own else None
 
 
 cdef int fail(Py_ssize_t code) except -1:
@@ -352,23 +377,39 @@ cdef class Session:
 
     def fileno(self):
         """A descriptor that select, poll and epoll may watch; the same one at every call, -1 once closed."""
+        return self.descriptor(True)
+
+    def number(self):
+        """The number that fileno() gives, as a name only: until fileno() is called the descriptor says nothing."""
+        return self.descriptor(False)
+
+    cdef int descriptor(self, bint steered) except? -1:
         cdef engine *e = self.e
         cdef ul_session *s = self.s
         cdef int err = 0
         cdef int number = -1
+        cdef bint shows = False
+        cdef bint datagram = s.flow.proto == UL_IPPROTO_UDP
         with nogil:
             engine_lock(e)
             if s.fd == NULL and not s.closing:
-                s.fd = readyfd_new(s.flow.proto == UL_IPPROTO_UDP, &err)
-                if s.fd != NULL:
-                    e.watched += 1
-                    readyfd_show(s.fd, session_ready(s))
-                    helper_wake(e)         # from now on frames must be noticed at once
+                s.fd = readyfd_new(datagram, &err) if steered else readyfd_reserve(datagram, &err)
+                shows = steered and s.fd != NULL
+            elif s.fd != NULL and s.fd.quiet and steered:
+                err = readyfd_steer(s.fd)
+                shows = err == 0
+            if shows:
+                e.watched += 1
+                readyfd_show(s.fd, session_ready(s))
+                helper_wake(e)             # from now on frames must be noticed at once
             if s.fd != NULL:
                 number = s.fd.user_fd
             engine_unlock(e)
         if err < 0:
             fail(err)
+        if number >= 0 and not self.numbered:
+            self.numbered = True
+            numbers[number] = weakref.ref(self)
         return number
 
     # ------------------------------------------------------------ names, state, options

@@ -18,6 +18,7 @@ from ulnet.stack.engine_core cimport (
     session_unref, ul_session,
 )
 from ulnet.stack.engine_handover cimport handover_export
+from ulnet.stack.engine_polls cimport pollset_session_moved
 from ulnet.stack.engine_wait cimport engine_lock, engine_unlock, helper_wake, waiters_wake
 from ulnet.stack.readyfd cimport (
     readyfd, readyfd_adopt, readyfd_free, readyfd_new, readyfd_regain, readyfd_show, readyfd_surrender,
@@ -47,6 +48,7 @@ cdef void moved(engine *e, ul_session *s) noexcept nogil:
     """Whoever watches s looks again, and finds it where it is now. Lock held; in both transitions."""
     waiters_wake(e, s, 0xFF)
     shared_wake(s)
+    pollset_session_moved(e, s)
 
 
 cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u_fd, int *o_fd) noexcept nogil:
@@ -56,6 +58,7 @@ cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u
     cdef bint shut_wr = False
     cdef bint fresh = False
     cdef bint made = False
+    cdef bint quiet
     cdef uint64_t junk
     cdef int state
     cdef int rc = 0
@@ -83,9 +86,12 @@ cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u
         if fd == NULL:
             return rc
         made = True
+    elif fd.quiet:
+        fresh = True                         # a number and nothing more until now
     elif fd.shown & (UL_RDHUP | UL_HUP) and role == ROLE_TCP:
         # Its other end is shut: harmless when nothing more has to pass through it.
         fresh = s.tcp.rcv.len_bytes != 0 or not s.tcp.flags & TF_EOF
+    quiet = fd.quiet
     rc = readyfd_surrender(fd, fresh or (fd.shown & (UL_RDHUP | UL_HUP) and role != ROLE_TCP))
     if rc == 0 and (role == ROLE_TCP or role == ROLE_UDP):
         s.fd = NULL                          # or it would be closed with the handle, which stays
@@ -106,9 +112,11 @@ cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u
             s.fd = NULL
             readyfd_free(fd)
         else:
+            if quiet and not fd.quiet:
+                e.watched += 1               # it is steered by now
             readyfd_show(fd, session_ready(s))
         return rc
-    if not made:
+    if not made and not quiet:
         e.watched -= 1
     s.role = ROLE_SHARED
     s.phase = PHASE_OPEN

@@ -9,7 +9,9 @@ A datagram on the pair is 18 bytes (address, port big-endian) and its payload.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EBADF, ECONNRESET, EDESTADDRREQ, EINTR, EMSGSIZE, ENOMEM, ENOTCONN, EPIPE, errno
+from libc.errno cimport (
+    EAGAIN, EBADF, ECONNRESET, EDESTADDRREQ, EINTR, EINVAL, EMSGSIZE, ENETDOWN, ENOMEM, ENOTCONN, EPIPE, errno,
+)
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.time cimport timespec
@@ -315,7 +317,11 @@ cdef Py_ssize_t ended(Session session, Py_ssize_t got) except? -1:
         hook = session.engine.on_shared_end
         if hook is not None:
             hook(session)
-    return got if session.s.role == ROLE_SHARED and not session.s.closing else -USER_MINE
+    if session.s.role != ROLE_SHARED or session.s.closing:
+        return -USER_MINE
+    if session.kind == UL_IPPROTO_UDP and not (got == 0 and session.s.shut_rd):
+        return -ENETDOWN                     # a datagram socket has no end: the server has gone
+    return got
 
 
 cdef Py_ssize_t shared_run(Session session, shared_call *c, int64_t deadline_ns) except? -1:
@@ -497,13 +503,18 @@ cdef object shared_announced(Session session):
     cdef shared_call c
     cdef uint8_t raw[8]
     cdef uint64_t number
+    cdef Py_ssize_t got
     memset(&c, 0, sizeof(c))
     c.data = raw
     c.n = 8
     if session.s.role != ROLE_SHARED or session.s.shared_as != ROLE_LISTEN:
         return None
     # Numbers are written whole, and read whole by whoever is first.
-    if one_try(session, &c) != 8:
+    got = one_try(session, &c)
+    if got == 0 or got == -ECONNRESET:
+        if ended(session, got) != -USER_MINE:
+            raise OSError(EINVAL, "the network server has ended this listener")
+    if got != 8:
         return None
     memcpy(&number, raw, 8)
     return number

@@ -151,7 +151,7 @@ class Sharing(Attachment):
 
     def leave(self, session: Session) -> int:
         """Let go of a session but not of its descriptor, which is the caller's from now on."""
-        self.publish(session, True)
+        self.send_off(session)
         number = session.session_id
         fd = session.leave()
         self._forget_shared(number)

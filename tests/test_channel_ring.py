@@ -453,3 +453,44 @@ def test_a_busy_ring_asks_the_kernel_nothing(link: PacketLink, near: socket.sock
         send_numbers(near, turn * 5, 5)
         assert [ports_of(f)[1] for f in drain(link, 5)] == [1] * 5
     assert link.counters()["syscalls"] == before + 1  # that one call reads the kernel's drop count
+
+
+# ---- fork ----
+
+
+def packet_sockets() -> int:
+    with open("/proc/thread-self/net/packet") as sockets:
+        return len(sockets.readlines()) - 1
+
+
+def test_a_childs_copy_keeps_evacuated_frames_and_nothing_else(wire: Wire, near: socket.socket) -> None:
+    before = packet_sockets()
+    link = open_embedded("ve0", OURS, slots=SLOTS)
+    near.sendto(os.urandom(60_000), (str(OURS), 1))
+    slot, view = held(link)
+    content = bytes(view)
+    link.evacuate(slot)
+    result_in, result_out = os.pipe()
+    go_in, go_out = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        link.close_fd()
+        with open("/proc/self/maps") as maps:
+            mapped = any("socket:" in line for line in maps)
+        good = bytes(view) == content and not mapped and link.fileno() == -1 and link.recv_frame() is None
+        link.close()  # unmaps the copy, and nothing that came to lie where the ring was
+        os.write(result_out, b"+" if good else b"-")
+        os.read(go_in, 1)
+        os._exit(0)
+    try:
+        assert os.read(result_in, 1) == b"+"
+        send_numbers(near, 0, 3)
+        assert len(drain(link, 3)) == 3 and bytes(view) == content
+        assert packet_sockets() == before + 1
+        link.close()
+        assert packet_sockets() == before  # the child does not keep it alive
+    finally:
+        os.write(go_out, b"x")
+        os.waitpid(pid, 0)
+        for fd in (result_in, result_out, go_in, go_out):
+            os.close(fd)

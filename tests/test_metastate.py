@@ -344,3 +344,18 @@ def test_look_ups_in_a_full_table_stay_short(block: str) -> None:
     assert sum(map(meta.probe_length, hosts)) / 768 < 5  # Knuth 6.4: 2.5 at three quarters
     strangers = [block.format(9, i) for i in range(250)]
     assert sum(map(meta.probe_length, strangers)) / 250 < 20  # 8.5
+
+
+def test_shares_are_counted_for_every_reader(meta: Metastate) -> None:
+    assert meta.shares == 0
+    generation = meta.generation
+    meta.bump_shares()
+    meta.bump_shares()
+    assert meta.shares == 2 and meta.generation == generation
+    if meta.fd >= 0:
+        reader = Metastate.open(meta.fd)
+        assert reader.shares == 2
+        meta.bump_shares()
+        assert reader.shares == 3
+        with pytest.raises((ValueError, OSError, PermissionError)):
+            reader.bump_shares()

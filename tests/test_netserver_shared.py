@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -285,6 +286,9 @@ class TestStream:
         with session.recv_buffer(100) as part:
             assert bytes(part) == b"rest"
         number, again = party.share(session)
+        assert party.status(number).state == 6
+        with pytest.raises(BrokenPipeError):
+            again.send(b"shut")
         peer.sendall(b"more")
         peer.close()
         assert read_all(again) == b"more"
@@ -969,6 +973,32 @@ class TestHostile:
         assert ticks() - before <= 10  # of 50 that a busy loop would take
         user.close()
         peer.close()
+
+
+class TestEnd:
+    @pytest.mark.parametrize("how", ["in order", "killed"])
+    def test_of_the_server(self, tmp_path: Path, how: str) -> None:
+        """Its users see a hang-up, the peer of a server that ended in order a reset."""
+        bed = Bed(tmp_path)
+        try:
+            with bed.b.socket() as listening:
+                listening.bind((PEER, 0))
+                listening.listen()
+                listening.settimeout(10)
+                party, _, user, peer = pair(bed, listening)
+                _, lifeline = party.fork()
+                if how == "killed":
+                    bed.server.kill()
+                    bed.server.wait()
+                else:
+                    assert bed.stop() == 0
+                    with pytest.raises(ConnectionResetError):
+                        peer.recv(1)
+                assert user.recv(1) == b"" and lifeline.recv(1) == b""
+                for sock in (user, peer, lifeline):
+                    sock.close()
+        finally:
+            bed.close()
 
 
 class Heritage:

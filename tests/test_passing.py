@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import socket as ksocket
 import sys
 from collections.abc import Iterator
@@ -151,6 +152,7 @@ def test_server_placement(bed: Bed, listener: ksocket.socket) -> None:
             peer.sendall(payload[:100_000])
             got = b""
             while len(got) < 100_000:
+                assert select.select([sock], [], [], 10)[0]
                 got += os.read(sock.fileno(), 65536)
             assert got == payload[:100_000]
             sock.sendall(b"answer")
@@ -209,8 +211,13 @@ from ulnet.stack import socket
 import sys
 sock = socket.socket(fileno=int(sys.argv[1]))
 sock.settimeout(20)
+turn = 0
 while data := sock.recv(100):
     sock.sendall(data.upper())
+    turn += 1
+    if turn == 50:
+        assert sock.session.shared      # others may have the descriptor
+        sock.set_inheritable(False)     # they have not
 print("application" if not sock.session.shared else "server")
 """
 

@@ -6,13 +6,15 @@ import select
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+from channel_hosts import OURS, PEER, wire_or_skip
 from placed import Placed
 from sockethosts import listening, running
 
+from ulnet.kernelshim.channel import open_embedded
 from ulnet.stack import embedded, socket
 from ulnet.stack.embedded import Embedded
 from ulnet.stack.engine import READABLE
@@ -28,7 +30,7 @@ def session_of(sock: socket.socket) -> Session:
 
 
 @contextmanager
-def forked(hosts: tuple[Embedded, Embedded], child: Callable[[], object]) -> Iterator[int]:
+def forked(hosts: Sequence[Embedded], child: Callable[[], object]) -> Iterator[int]:
     """child() in a forked process, between the hooks that a library runs; its exception fails the test."""
     report_in, report_out = os.pipe()
     for host in hosts:
@@ -50,7 +52,9 @@ def forked(hosts: tuple[Embedded, Embedded], child: Callable[[], object]) -> Ite
         yield pid
     finally:
         deadline = time.monotonic() + 10
-        while (done := os.waitpid(pid, os.WNOHANG)[0]) == 0 and time.monotonic() < deadline:
+        done = status = 0
+        while not done and time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
             time.sleep(0.005)
         if not done:
             os.kill(pid, 9)
@@ -58,7 +62,7 @@ def forked(hosts: tuple[Embedded, Embedded], child: Callable[[], object]) -> Ite
         report = os.read(report_in, 1 << 16).decode()
         os.close(report_in)
         assert done, "the child hangs"
-        assert not report, report
+        assert not report and status == 0, report or f"the child ended with status {status:#x}"
 
 
 def stays(call: Callable[[], object]) -> None:
@@ -148,6 +152,47 @@ def test_buffers_on_loan_are_read_in_both(hosts: tuple[Embedded, Embedded], join
     lent.release()
     assert hosts[1].engine.counters()["buf_lent"] == 0
     client.sendall(b"x")
+
+
+def test_buffers_in_a_ring_are_read_in_both() -> None:
+    """They lie in memory that the kernel refills: before the fork they move to pages of the process's own."""
+    wire = wire_or_skip()
+    near = wire.peer.udp(PEER, 777)
+    with wire.ours.inside():
+        host = Embedded(open_embedded("ve0", OURS, slots=16), f"{OURS}/24")
+        sock = socket.socket(type=socket.SOCK_DGRAM, host=host)
+        sock.bind(("", 9000))
+        sock.settimeout(5)
+        data = [os.urandom(60_000) for _ in range(4)]
+        for piece in data:
+            near.sendto(piece, (str(OURS), 9000))
+        lent = [sock.recv_buffer() for _ in data]
+        views = [memoryview(one) for one in lent]
+        assert [bytes(view) for view in views] == data
+        held = host.engine.counters()["buf_held"]
+
+        def child() -> None:
+            assert [bytes(view) for view in views] == data
+            for view, one in zip(views, lent, strict=True):
+                view.release()
+                one.release()
+            sock.close()
+            host.engine.close()
+
+        with forked([host], child):
+            for _ in range(40):  # twice around the ring
+                near.sendto(bytes(1000), (str(OURS), 9000))
+                sock.recv(2000)
+            assert [bytes(view) for view in views] == data
+        assert [bytes(view) for view in views] == data
+        assert host.engine.counters()["buf_evacuated"] == held > 0
+        for view, one in zip(views, lent, strict=True):
+            view.release()
+            one.release()
+        sock.close()
+        host.shutdown(0)
+    near.close()
+    wire.close()
 
 
 def test_brought_home_by_the_child(hosts: tuple[Embedded, Embedded], joined: Joined) -> None:

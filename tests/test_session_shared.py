@@ -558,6 +558,10 @@ def test_a_shell_with_a_name(hosts: tuple[Embedded, Embedded]) -> None:
             assert session.announced() == 0
             placed.back()
         assert session.listening
+        with Placed(session) as placed:
+            placed.end.close()
+            with pytest.raises(OSError, match="ended this listener"):
+                session.announced()
 
 
 # -- descriptors that come from elsewhere ------------------------------------------------------
@@ -639,10 +643,60 @@ def test_connected_datagrams_on_the_pair(hosts: tuple[Embedded, Embedded]) -> No
     assert end.recv(100) == address("10.0.0.1", 5353) + b"to the peer"
     sock.sendto(b"to another", ("192.0.2.1", 7))
     assert end.recv(100) == address("192.0.2.1", 7) + b"to another"
-    end.shutdown(standard.SHUT_RDWR)
-    assert sock.recv(100) == b""
+    end.shutdown(standard.SHUT_RDWR)  # the server has gone; that is no empty datagram
+    for call in (lambda: sock.recv(100), lambda: sock.send(b"x")):
+        with pytest.raises(OSError) as gone:
+            call()
+        assert gone.value.errno == errno.ENETDOWN
     sock.close()
     end.close()
+
+
+def test_udp_there_and_back(hosts: tuple[Embedded, Embedded], udp: Joined) -> None:
+    client, server = udp
+    number, session = server.fileno(), session_of(server)
+    client.sendto(b"second", ("10.0.0.2", 9000))
+    client.sendto(b"", ("10.0.0.2", 9000))
+    assert select.select([server], [], [], 5)[0]
+    session.engine.poll()
+    source = client.getsockname()
+    with Placed(session) as placed:
+        assert placed.user_fd == number and session.live and session.state == "OPEN"
+        assert server.getsockname() == ("10.0.0.2", 9000)
+        assert not select.select([server], [], [], 0)[0]
+        placed.end.send(address("192.0.2.7", 4) + b"read on the pair")
+        placed.end.send(address("192.0.2.8", 5) + b"first" * 10_000)
+        placed.end.send(address("192.0.2.8", 6))
+        assert server.recvfrom(100) == (b"read on the pair", ("192.0.2.7", 4))
+        server.sendto(b"out", source)
+        assert placed.end.recv(100) == address(*source) + b"out"
+        assert placed.back() == 22 + 50_000 + 22
+    assert server.fileno() == number and select.select([server], [server], [], 0)[:2] == ([server], [server])
+    assert server.recvfrom(1 << 16) == (b"first" * 10_000, ("192.0.2.8", 5))
+    assert server.recvfrom(100) == (b"", ("192.0.2.8", 6))
+    assert [server.recvfrom(100) for _ in range(2)] == [(b"second", source), (b"", source)]
+    assert not select.select([server], [], [], 0)[0]
+    client.sendto(b"third", ("10.0.0.2", 9000))
+    assert server.recvfrom(100) == (b"third", source)
+    server.sendto(b"back", source)
+    assert client.recvfrom(100) == (b"back", ("10.0.0.2", 9000))
+
+
+@pytest.mark.parametrize("at_home", [True, False])
+def test_a_thread_that_receives_datagrams_goes_on(udp: Joined, at_home: bool) -> None:
+    client, server = udp
+    got: list[object] = []
+    with running(lambda: got.append(server.recvfrom(100)[0])):
+        time.sleep(0.05)
+        placed = Placed(session_of(server))
+        time.sleep(0.05)
+        if at_home:
+            placed.back()
+            client.sendto(b"here", ("10.0.0.2", 9000))
+        else:
+            placed.end.send(address("192.0.2.7", 4) + b"there")
+    assert got == [b"here" if at_home else b"there"]
+    placed.end.close()
 
 
 # -- hammering ---------------------------------------------------------------------------------
@@ -724,5 +778,6 @@ def test_transitions_leak_nothing(joined: Joined) -> None:
         for _ in range(100):
             round_trip()
         counters = session.engine.counters()
-        counts.append((len(os.listdir("/proc/self/fd")), counters["buf_held"], counters["buf_lent"], threading.active_count()))
+        held = counters["buf_held"], counters["buf_lent"]
+        counts.append((len(os.listdir("/proc/self/fd")), held, threading.active_count()))
     assert all(a == b for a, b in pairwise(counts))

@@ -347,7 +347,14 @@ class socket(Socket):
         session = self.session
         if session is None:
             return -1
-        return self._fd if self._fd >= 0 else show(session)
+        fd = self._fd if self._fd >= 0 else show(session)
+        if session.shared:
+            self._tell_mode(fd)
+        return fd
+
+    def _tell_mode(self, fd: int) -> None:
+        # Who uses a shared session by plain calls on its descriptor waits, or not, as socket(7) has it for a time-out.
+        os.set_blocking(fd, self._timeout_ns < 0)
 
     def makefile(
         self,
@@ -420,6 +427,7 @@ class socket(Socket):
         # A socket without a name waits for it.
         if session.session_id and self._file.inheritable != os.get_inheritable(self.fileno()):
             self._file.host.publish(session, self._file.inheritable)
+            self._tell_mode(self.fileno())
             os.set_inheritable(self.fileno(), self._file.inheritable)
 
     def detach(self) -> int:
@@ -431,6 +439,7 @@ class socket(Socket):
         if session is None:
             return -1
         fd = self.fileno()
+        self._tell_mode(fd)
         if self._file.users > 1:
             self._file.users -= 1  # others go on with it
         else:

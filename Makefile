@@ -2,6 +2,7 @@
 #   make demo    the main job on real traffic, on two test hosts made for it
 #   make test    the tests
 #   make conformance   CPython's own socket tests over a real link, against the kernel's stack and against itself
+#   make programs  real programs by `ulnet run`, each compared with itself on kernel sockets
 #   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
 #   make counts  exact counts of system calls, frames and copies on the hot path
 #   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml Makefile
 
-.PHONY: demo test conformance bench history counts lint dist clean
+.PHONY: demo test conformance programs bench history counts lint dist clean
 demo: .stamp-build
 	@$(BIN)/python -m ulnet demo
 
@@ -20,6 +21,9 @@ test: .stamp-build
 
 conformance: .stamp-build
 	$(BIN)/python -m ci.conformance
+
+programs: .stamp-build
+	$(BIN)/python -m pytest -v --no-header --tb=short --durations=0 --durations-min=0.1 tests/programs
 
 bench: .stamp-build
 	$(BIN)/python -m pytest -q bench --benchmark-autosave

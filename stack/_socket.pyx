@@ -448,14 +448,14 @@ cdef class Socket:
             # a short result tells readers of an edge-triggered epoll that nothing is left (epoll(7)).
             cap = CHUNK_BYTES
             if not self._dgram:
-                unread = s.stat()["unread_bytes"]
+                unread = s.stat().get("unread_bytes", 0)  # none before a connection is made
                 if unread > cap:
                     cap = unread if unread < n else n
         raw = bytes_new(NULL, cap)
         try:
             got = self._read(s, <uint8_t *>PyBytes_AS_STRING(<object>raw), cap, flags, src, sport, full_bytes)
             while got == cap and cap < n and not self._dgram and not flags & MSG_PEEK:
-                unread = s.stat()["unread_bytes"]
+                unread = s.stat().get("unread_bytes", 0)  # none before a connection is made
                 if unread <= 0:
                     break
                 cap = cap + unread if cap + unread < n else n

@@ -39,10 +39,17 @@ def is_ours(sock: object) -> bool:
     return issubclass(type(sock), _ulnet.socket) and not issubclass(type(sock), Held)
 
 
-def descriptor_is_private(fd: int) -> bool:
-    """``fd`` is the descriptor of a socket of this stack: for waiting, not for plain reads and writes."""
+def private_socket(fd: int) -> _ulnet.socket | None:
+    """The socket of this stack whose descriptor ``fd`` is: for waiting, not for plain reads and writes."""
     sock = _seen.get(fd)
-    return sock is not None and is_ours(sock) and sock.session is not None and sock.session.fileno() == fd
+    if sock is not None and is_ours(sock) and sock.session is not None and sock.session.fileno() == fd:
+        return sock
+    return None
+
+
+def descriptor_is_private(fd: int) -> bool:
+    """``fd`` is the descriptor of a socket of this stack."""
+    return private_socket(fd) is not None
 
 
 def runs_here(family: int, type: int, proto: int) -> bool:

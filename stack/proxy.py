@@ -443,8 +443,6 @@ def connect_default(path: str | None = None) -> Proxy:
         return host
 
 
-os.register_at_fork(
-    before=_hosts_lock.acquire, after_in_parent=_hosts_lock.release, after_in_child=_hosts_lock.release
-)
+os.register_at_fork(before=_hosts_lock.acquire, after_in_parent=_hosts_lock.release, after_in_child=_hosts_lock.release)
 
 __all__ = ["Proxy", "connect_default", "query"]

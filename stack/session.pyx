@@ -724,7 +724,14 @@ cdef class Session:
 
     def begin_connect(self):
         """A shell whose connection is being made elsewhere: neither readable nor writable until it is imported."""
-        self.s.phase = PHASE_CONNECTING
+        cdef engine *e = self.e
+        cdef ul_session *s = self.s
+        with nogil:
+            engine_lock(e)
+            s.phase = PHASE_CONNECTING
+            session_touch(e, s)  # a descriptor made before has shown it writable and hung up
+            engine_settle(e)
+            engine_unlock(e)
 
     def take_error(self):
         """SO_ERROR: the pending errno, cleared; 0 if none."""

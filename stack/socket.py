@@ -190,7 +190,9 @@ class socket(Files, Socket):
 
     def _options_hold(self) -> None:
         options = self._file.options
-        self._options_changed(options.beside, options.receive_patience_ns, options.send_patience_ns, self._file.host.ifindex)
+        self._options_changed(
+            options.beside, options.receive_patience_ns, options.send_patience_ns, self._file.host.ifindex
+        )
 
     @property
     def host(self) -> Host:

@@ -277,7 +277,9 @@ if __name__ == "__main__":
     assert worker.exitcode == 0
 """
     )
-    app = bed.program(f"sys.argv[1:] = [{method!r}]\nimport runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')\n")
+    app = bed.program(
+        f"sys.argv[1:] = [{method!r}]\nimport runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
     from tests.netserver_bed import read_line
 
     assert read_line(app) == "ready"

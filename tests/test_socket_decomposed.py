@@ -230,6 +230,25 @@ def test_nonblocking_connect(bed: Bed, proxy: Proxy, service: kernel.socket) -> 
                 theirs.close()
 
 
+def test_descriptor_seen_before_connect(proxy: Proxy) -> None:
+    """asyncio asks for the descriptor first: it must not go on showing what it showed before connect()."""
+    with socket.socket(host=proxy) as sock:
+        sock.setblocking(False)
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLOUT)
+        assert poll.poll(0)  # unconnected: writable and hung up, as the kernel says it
+        with pytest.raises(BlockingIOError):
+            sock.connect((PEER, 9))
+        assert poll.poll(5000)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+
+
+def test_large_recv_without_a_connection(proxy: Proxy) -> None:
+    with socket.socket(host=proxy) as sock, pytest.raises(OSError) as caught:
+        sock.recv(1 << 20)
+    assert caught.value.errno == errno.ENOTCONN
+
+
 def test_asyncio(bed: Bed, proxy: Proxy) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():

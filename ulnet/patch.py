@@ -22,9 +22,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, cast
 
+from ulnet import standin
 from ulnet.stack import dispatch, proxy, resolve, tls  # noqa: F401 (proxy: it must know the true modules)
 from ulnet.stack import socket as _ulnet
 
+_SENDFILE_BYTES: Final = 1 << 20
 VARIABLE: Final = "ULNET_PATCH"  # names the interpreter whose children are patched
 CHILDREN: Final = str(Path(__file__).resolve().parent / "children")
 
@@ -56,6 +58,8 @@ def install(*, children: bool = True) -> None:
     _replace(os, "sendfile", _sendfile)
     for module in (select, selectors):
         _take_names(module)
+    standin.install()
+    _undo.append(standin.undo)
     if children:
         _reach_children()
 
@@ -148,10 +152,23 @@ def _setdefaulttimeout(value: float | None, /) -> None:
 
 
 def _sendfile(out_fd: int, in_fd: int, offset: int | None, count: int, *more: Any, **options: Any) -> int:
-    # asyncio falls back to reading and sending when it is refused.
-    if dispatch.descriptor_is_private(out_fd):
-        raise OSError(22, "os.sendfile() does not reach a socket of ulnet: use socket.sendfile()")
+    sock = dispatch.private_socket(out_fd)
+    if sock is not None:
+        return _send_part(sock, in_fd, offset, count)
     return _std_sendfile(out_fd, in_fd, offset, count, *more, **options)
+
+
+def _send_part(sock: _ulnet.socket, in_fd: int, offset: int | None, count: int) -> int:
+    """sendfile(2) into a socket of this stack: as much as one send takes, from ``offset`` or the file's position."""
+    at = os.lseek(in_fd, 0, os.SEEK_CUR) if offset is None else offset
+    data = os.pread(in_fd, min(count, _SENDFILE_BYTES), at)
+    if not data:
+        return 0
+    waits = sock.gettimeout() is None  # a time-out of Python's means a descriptor that does not wait
+    sent = sock.send(data, 0 if waits else _ulnet.MSG_DONTWAIT)
+    if offset is None:
+        os.lseek(in_fd, at + sent, os.SEEK_SET)
+    return sent
 
 
 # -- children --------------------------------------------------------------------------------------

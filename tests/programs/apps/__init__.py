@@ -1,0 +1,1 @@
+"""Small programs of the tests; they know nothing of ulnet."""

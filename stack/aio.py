@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar, cast
 from ulnet.stack import socket
 from ulnet.stack._socket import Socket
 from ulnet.stack.host import Host
+from ulnet.stack.openfile import session_behind
 from ulnet.stack.selectors import UlnetSelector
 
 _T = TypeVar("_T")
@@ -53,10 +54,8 @@ def _named(sock: Any) -> Any:
 
 
 def _number(file: Any) -> Any:
-    if isinstance(file, Socket):
-        session = file.session
-        return -1 if session is None else session.number()
-    return file
+    session = session_behind(file)
+    return file if session is None else session.number()
 
 
 class EventLoop(asyncio.SelectorEventLoop):

@@ -21,8 +21,8 @@ from types import TracebackType
 
 from ulnet.kernelshim.link import Link
 from ulnet.kernelshim.memory import memory_pair
-from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine
 from ulnet.stack import forking
+from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
 from ulnet.stack.ports import TCP, UDP, WILDCARDS, Name, PortTable

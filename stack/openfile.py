@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from weakref import WeakValueDictionary
 
+from ulnet.stack._socket import Socket
 from ulnet.stack._sockopt import Options
 from ulnet.stack.host import Host
 from ulnet.stack.session import Session
@@ -46,3 +47,11 @@ def find(fd: int) -> Session | None:
     found = os.fstat(fd)
     session = _by_inode.get((found.st_dev, found.st_ino))
     return session if session is not None and not session.closed else None
+
+
+def session_behind(file: object) -> Session | None:
+    """The session that a socket of ours stands for alone. None: anything else, with a descriptor of its own; so a
+    duplicate, which may be watched beside its original."""
+    if isinstance(file, Socket) and getattr(file, "_fd", -1) < 0:
+        return file.session
+    return None

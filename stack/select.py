@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from ulnet.stack._socket import Socket
+from ulnet.stack.openfile import session_behind
 from ulnet.stack.pollset import PollSet
 from ulnet.stack.session import Session, session_of
 
@@ -57,10 +57,8 @@ def _resolve(file: Any) -> tuple[Session | None, int]:
 
     A socket of ours without a number so far gets none: -1.
     """
-    if isinstance(file, Socket):
-        session = file.session
-        if session is None:
-            raise ValueError("file descriptor cannot be a negative integer (-1)")
+    session = session_behind(file)
+    if session is not None:
         return session, -1
     if isinstance(file, int):
         number = int(file)

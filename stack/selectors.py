@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ulnet.stack import select
-from ulnet.stack._socket import Socket
+from ulnet.stack.openfile import session_behind
 from ulnet.stack.pollset import PollSet
 from ulnet.stack.session import Session, session_of
 
@@ -29,9 +29,8 @@ def _number_of(file: Any) -> int:
     """The number of a file object or of itself. ValueError: it has none."""
     if isinstance(file, int):
         number = int(file)
-    elif isinstance(file, Socket):
-        session = file.session
-        number = -1 if session is None else session.number()
+    elif (session := session_behind(file)) is not None:
+        number = session.number()
     else:
         try:
             number = int(file.fileno())

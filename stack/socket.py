@@ -389,7 +389,8 @@ class socket(Files, Socket):
 
     def dup(self) -> socket:
         """Another socket, with a descriptor of its own, for the same connection; it ends with the last of them."""
-        fd = os.dup(self._need() and self.fileno())
+        self._need()
+        fd = os.dup(self.fileno())
         try:
             twin = type(self)(self.family, self.type, self.proto, fd)
         except BaseException:

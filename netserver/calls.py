@@ -154,7 +154,7 @@ class Calls:
             app.violations += 1
             if app.violations > VIOLATIONS_MAX:
                 log.error("%s breaks the protocol again and again; it is put out", app)
-                self._end(app)
+                self._end(app, reset=True)
                 with suppress(MachError):
                     self.hub.disconnect(sender.task)
 
@@ -232,9 +232,9 @@ class Calls:
         self.counters["deaths"] += 1
         log.info("%s died with %d sessions", app, held)
 
-    def _end(self, app: Application) -> None:
+    def _end(self, app: Application, *, reset: bool = False) -> None:
         self.applications.pop(app.sender.task, None)
-        self.table.application_ended(app)
+        self.table.application_ended(app, reset=reset)
         with suppress(MachError):
             self.task.deallocate(app.port)
         try:
@@ -246,7 +246,7 @@ class Calls:
     def end_all(self) -> None:
         """The server ends: sessions held by applications are reset, for nobody would clean up after them."""
         for app in list(self.applications.values()):
-            self._end(app)
+            self._end(app, reset=True)
 
     # -- sessions ------------------------------------------------------------------------------
 
@@ -274,6 +274,8 @@ class Calls:
 
     def _return(self, app: Application, request: p.Return, message: Message) -> None:
         self.table.take_back(app, request.session, _state(message))
+        if message.remote:  # a forked child waits: it may end by os._exit(), which leaves messages behind
+            self._reply(message, p.Status(0))
 
     def _forget(self, app: Application, request: p.Forget, message: Message) -> None:
         self.table.forget(app, request)

@@ -34,6 +34,9 @@ QUARANTINE_NS: Final = 60_000_000_000  # RFC 9293 (3.4.1) asks for 2 MSL; 60 s a
 EARLY_FRAMES: Final = 64
 FORMER_NS: Final = 10_000_000_000  # a library forwards frames of what it gave away for 2 s; messages take their time
 TCP_CLOSED: Final = 0  # tcp_stat.state
+DOUBT_NS: Final = 1_000_000_000  # and some RTOs: how long a dead application's last bytes may stay unacknowledged
+DOUBT_MAX_NS: Final = 10_000_000_000
+_UNACKNOWLEDGED: Final = frozenset(("FIN-WAIT-1", "CLOSING", "LAST-ACK"))
 
 
 class SessionTable:
@@ -64,6 +67,7 @@ class SessionTable:
         self._deliver = deliver
         self._events: deque[tuple[int, Session, int]] = deque()
         self._forward = forward
+        self._doubtful: deque[tuple[int, Session]] = deque()  # until when their FIN must be acknowledged
         engine.collect_events = True
         engine.on_strays = self._strays_from_engine
 
@@ -203,8 +207,9 @@ class SessionTable:
                 self.counters["strays_out"] += 1
                 self._forward(record.owner, [frame])
 
-    def application_ended(self, app: Application) -> None:
-        """Its death, or its leave: reset the peers of what it held, delay the reuse of those endpoints."""
+    def application_ended(self, app: Application, *, reset: bool = False) -> None:
+        """Its death, or its leave. A connection of which nothing is lost ends in order, as the kernel has it; the peers
+        of others are reset and the reuse of those endpoints delayed. ``reset``: the peers of all."""
         try:
             last = {row.session_id: row for row in app.stats.records()}
         except ValueError as error:  # what stands there is the application's; without it the hand-over's numbers serve
@@ -215,12 +220,62 @@ class SessionTable:
             quarantine_ns = QUARANTINE_NS if record.protocol == TCP else 0
             if record.owner is not app:
                 continue  # shared: the others go on with it
+            if not reset and self._finish(record, last.get(record.number)):
+                continue
             self._end(record, reset=True, quarantine_ns=quarantine_ns, last=last.get(record.number))
+
+    def _finish(self, record: SessionRecord, last: StatRecord | None) -> bool:
+        """FIN for a connection whose application is dead, by the numbers of its last status record. False: not so,
+        for data was lost: the peer must not take what it got for everything (RFC 2525 2.17)."""
+        if record.place is not Place.APPLICATION or record.protocol != TCP or last is None or not last.settled:
+            return False
+        assert record.peer is not None
+        session = self.engine.new_session(TCP)
+        self._forget_foreign(record)
+        try:
+            in_doubt = self.engine.revive_session(
+                session, record.laddr, record.lport, *record.peer, last.raw, record.number
+            )
+        except (OSError, ValueError) as error:
+            log.debug("%s ends by a reset: %s", record, error)
+            return False
+        self._leave_owner(record)
+        self.engine.close_session(session)
+        self.counters["finished"] += 1
+        if in_doubt:
+            wait_ns = min(DOUBT_NS + 3 * last.rto_ns, DOUBT_MAX_NS)
+            self._doubtful.append((time.monotonic_ns() + wait_ns, session))
+        return True
+
+    def _leave_owner(self, record: SessionRecord) -> None:
+        """The engine runs it to its end for nobody and says EV_GONE."""
+        self._turn_back(record)
+        self._unguard(record)
+        if record.owner is not None:
+            record.owner.sessions.pop(record.number, None)
+        record.owner = None
+        record.place = Place.SERVER
+        record.engine_session = None
+
+    def _check_doubtful(self) -> None:
+        """Who has not acknowledged the FIN misses bytes that nobody has any more."""
+        now = time.monotonic_ns()
+        while self._doubtful and self._doubtful[0][0] <= now:
+            session = self._doubtful.popleft()[1]
+            if session.state in _UNACKNOWLEDGED:
+                self.engine.close_session(session, linger_abort=True)
+                self.counters["reset"] += 1
+
+    def wait_s(self) -> float | None:
+        """When ``drive`` is needed again, should nothing happen before. None: not at all."""
+        return max(0.0, (self._doubtful[0][0] - time.monotonic_ns()) / 1e9) if self._doubtful else None
 
     # -- the engine's side ---------------------------------------------------------------------
 
     def drive(self) -> None:
         """Obey the engine's events. Each may cause more, so until there are none."""
+        if self._doubtful:
+            self._check_doubtful()
         self._collect()
         while self._events:
             kind, session, value = self._events.popleft()
@@ -498,9 +553,10 @@ class SessionTable:
         last = last or record.owner.stats.record_for(record.number)
         snd_nxt, rcv_nxt = record.snd_nxt, record.rcv_nxt
         if last is not None:
-            if last.state == TCP_CLOSED:
+            if last.state == TCP_CLOSED and last.settled:
                 return
-            snd_nxt, rcv_nxt = last.snd_nxt, last.rcv_nxt
+            if last.state != TCP_CLOSED:  # else it was never written
+                snd_nxt, rcv_nxt = last.snd_nxt, last.rcv_nxt
         self.engine.abort_flow(record.laddr, record.lport, *record.peer, snd_nxt, rcv_nxt)
         self.counters["reset"] += 1
 

@@ -443,9 +443,9 @@ class SharedTable(SessionTable):
         elif not share.holders and record.place is Place.SHARED:
             self._drop(record)
 
-    def application_ended(self, app: Application) -> None:
+    def application_ended(self, app: Application, *, reset: bool = False) -> None:
         """The kernel has closed, or will close, its copies of the descriptors; the others go on."""
-        super().application_ended(app)
+        super().application_ended(app, reset=reset)
         for number in list(app.sessions):
             self.release(app, number)
 
@@ -573,12 +573,13 @@ class SharedTable(SessionTable):
                 self._check_claims(now)
 
     def wait_s(self) -> float | None:
-        """When ``run_relays`` is needed again, should no descriptor say so before. None: then only."""
+        """When ``run_relays`` and ``drive`` are needed again, should no descriptor say so before. None: then only."""
+        waits = [super().wait_s()]
         if self.relays.pending:
-            return self._retry_ms / 1e3
+            waits.append(self._retry_ms / 1e3)
         if self._unclaimed:
-            return max(0.0, (self._checked_ns + CHECK_NS - time.monotonic_ns()) / 1e9)
-        return None
+            waits.append(max(0.0, (self._checked_ns + CHECK_NS - time.monotonic_ns()) / 1e9))
+        return min((wait for wait in waits if wait is not None), default=None)
 
     def totals(self) -> dict[str, Any]:
         """With the sizes of the tables here."""

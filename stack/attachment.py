@@ -172,11 +172,14 @@ class Attachment(Host):
         *,
         rights: Sequence[PortRight] = (),
         fds: Sequence[int] = (),
+        ool: Sequence[bytes] = (),
         timeout: float | None = CALL_TIMEOUT_S,
     ) -> Message:
         try:
             with self._ipc():
-                return self._task.rpc(self._server, call, record.pack(), rights=rights, fds=fds, timeout=timeout)
+                return self._task.rpc(
+                    self._server, call, record.pack(), rights=rights, fds=fds, ool=ool, timeout=timeout
+                )
         except MachError as error:
             if error.code == MachMsgReturn.MACH_RCV_TIMED_OUT and call == p.Call.CONNECT:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None

@@ -100,6 +100,12 @@ class Engine:
         prefix: bytes | bytearray | memoryview = b"",
     ) -> None:
         """``prefix``: what was received before the unread data in the state (UDP: datagrams as a state has them)."""
+    def revive_session(
+        self, session: Session, laddr: str, lport: int, raddr: str, rport: int, record: bytes, session_id: int
+    ) -> bool:
+        """Take over a TCP session whose process died, from its status record (StatRecord.raw), to close it in order.
+
+        True: the last bytes sent were not acknowledged yet. ValueError: data was lost, or the record is rubbish."""
     def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
         """Import an accepted session into a listener's queue (library; the server did the handshake)."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:

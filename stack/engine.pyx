@@ -9,7 +9,7 @@ from cpython.ref cimport Py_DECREF
 from libc.errno cimport EAGAIN, EBADF, EINVAL, EISCONN, ENOMEM
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from ulnet.kernelshim.link cimport UL_SLOT_NONE, Link, ul_rx
 from ulnet.stack.address cimport addr_from_text, addr_to_text
@@ -23,7 +23,7 @@ from ulnet.stack.engine_core cimport (
 )
 from ulnet.stack.engine_fork cimport fork_child, fork_parent, fork_prepare, session_rebind
 from ulnet.stack.engine_handover cimport (
-    foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import,
+    foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import, handover_revive,
 )
 from ulnet.stack.engine_input cimport engine_frame, orphans_replay
 from ulnet.stack.engine_output cimport emit_refusal
@@ -34,8 +34,8 @@ from ulnet.stack.metastate cimport Metastate
 from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
 from ulnet.stack.session cimport Session, fail, session_wrap
 from ulnet.stack.session_shared cimport shared_wake
-from ulnet.stack.statpage cimport StatPage, stat_take
-from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_isn, tcp_open, tcp_out, tcp_shutdown, tcp_state
+from ulnet.stack.statpage cimport StatPage, stat_record, stat_take
+from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_abort, tcp_isn, tcp_open, tcp_out, tcp_shutdown, tcp_state
 from ulnet.stack.tcp_timer cimport tcp_done
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_new
@@ -412,6 +412,7 @@ cdef class Engine:
                     s.listener = NULL
                     session_unref(e, listener)
                 s.phase = PHASE_OPEN
+                session_touch(e, s)
                 session_touch(e, listener)
                 engine_settle(e)
             engine_unlock(e)
@@ -420,7 +421,7 @@ cdef class Engine:
         return None if s == NULL else session_wrap(self, e, s)
 
     def close_session(self, Session session not None, *, bint linger_abort=False):
-        """The user is done with it; TCP goes on to its end by itself. Calling it again does nothing."""
+        """The user is done with it; TCP goes on to its end by itself. Called again it can only abort that."""
         cdef engine *e = self.e
         cdef ul_session *s = session.s
         with nogil:
@@ -429,6 +430,10 @@ cdef class Engine:
             if not s.closing:
                 session_close(e, s, linger_abort)
                 session_fd_free(e, s)
+                engine_settle(e)
+            elif linger_abort and s.role == ROLE_TCP:
+                tcp_abort(&e.env, s.tcp)
+                session_touch(e, s)
                 engine_settle(e)
             engine_left(e)
             engine_unlock(e)
@@ -539,6 +544,33 @@ cdef class Engine:
             engine_settle(e)
             engine_left(e)
             engine_unlock(e)
+
+    def revive_session(self, Session session not None, str laddr, int lport, str raddr, int rport, bytes record not None,
+                       uint64_t session_id):
+        """Take over a TCP session whose process has died, from its status record, to close it in order.
+
+        True: its last bytes were not acknowledged yet; they are lost unless the FIN is acknowledged. ValueError: more
+        was lost, or the record is rubbish.
+        """
+        cdef engine *e = self.e
+        cdef ul_session *s = session.s
+        cdef flow_key flow
+        cdef stat_record last
+        cdef bint in_doubt = False
+        cdef int rc
+        if PyBytes_GET_SIZE(record) != sizeof(last):
+            raise ValueError(f"a status record has {sizeof(last)} bytes, not {len(record)}")
+        memcpy(&last, <const char *>record, sizeof(last))
+        flow_fill(&flow, UL_IPPROTO_TCP, laddr, lport, raddr, rport)
+        with nogil:
+            engine_lock(e)
+            rc = handover_revive(e, s, &flow, &last, session_id, &in_doubt)
+            engine_unlock(e)
+        if rc == -EINVAL:
+            raise ValueError("the session cannot end in order")
+        if rc < 0:
+            fail(rc)
+        return in_doubt
 
     def deliver(self, Session listener not None, state, uint64_t session_id):
         """An accepted session, from the server, into the listener's queue. OSError EINVAL when it listens no more."""

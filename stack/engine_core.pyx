@@ -22,7 +22,7 @@ from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
 from ulnet.stack.session_shared cimport shared_ready, shared_wake
-from ulnet.stack.statpage cimport stat_give
+from ulnet.stack.statpage cimport stat_give, stat_settle, stat_unsettle
 from ulnet.stack.stamps cimport STAMP_FRAME, STAMP_OUTPUT, stamp
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
@@ -520,6 +520,8 @@ cdef void settle_tcp(engine *e, ul_session *s) noexcept nogil:
     cdef int state
     cdef int error
     if tcp_wants_output(s.tcp):
+        if s.stat != NULL:
+            stat_unsettle(s.stat)
         stamp(STAMP_OUTPUT)
         tcp_output(&e.env, s.tcp)
     state = tcp_state(s.tcp)
@@ -537,7 +539,9 @@ cdef void settle_tcp(engine *e, ul_session *s) noexcept nogil:
                 return
             accept_enqueue(e, s)
     if s.stat != NULL:
-        tcp_stat_get(s.tcp, &s.stat.tcp)
+        stat_settle(s.stat, s.tcp)
+        if s.phase == PHASE_QUEUED:
+            stat_unsettle(s.stat)          # nobody has accepted it: a death resets it, as in BSD
     if state == TCP_CLOSED and s.closing:
         event_add(e, EVENT_GONE, s, <int64_t>s.id)
         session_end(e, s, 0)
@@ -628,6 +632,8 @@ cdef void engine_timers(engine *e) noexcept nogil:
         session_ref(s)
         heap_remove(e, s)
         if s.role == ROLE_TCP:
+            if s.stat != NULL:
+                stat_unsettle(s.stat)      # a probe may go out
             tcp_timers(&e.env, s.tcp)
             session_touch(e, s)
         elif s.role == ROLE_FOREIGN:

@@ -19,7 +19,8 @@ from ulnet.stack.engine_core cimport (
     session_unref,
 )
 from ulnet.stack.engine_wait cimport waiters_wake
-from ulnet.stack.tcp cimport tcp_export, tcp_export_bytes, tcp_import
+from ulnet.stack.statpage cimport stat_record
+from ulnet.stack.tcp cimport tcp_export, tcp_export_bytes, tcp_import, tcp_revive
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP
 from ulnet.stack.udp cimport udp_new, udp_pcb
 
@@ -192,6 +193,27 @@ cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, u
     if rc < 0:
         session_end(e, s, rc)
     return rc
+
+
+cdef int handover_revive(engine *e, ul_session *s, const flow_key *flow, const stat_record *last, uint64_t session_id,
+                         bint *in_doubt) noexcept nogil:
+    cdef int err = 0
+    if s.role != ROLE_SHELL or s.closing:
+        return -EISCONN
+    if last.unsettled:
+        return -EINVAL
+    engine_tick(e)
+    s.tcp = tcp_revive(&e.env, &last.tcp, &last.remains, s, in_doubt, &err)
+    if s.tcp == NULL:
+        return err if err else -EINVAL
+    s.role = ROLE_TCP
+    s.flow = flow[0]                       # as the caller knows it, not as the record says
+    s.id = session_id
+    s.phase = PHASE_OPEN
+    err = session_insert(e, s)
+    if err < 0:
+        session_end(e, s, err)
+    return err
 
 
 cdef void handover_enqueue(engine *e, ul_session *listener, ul_session *s) noexcept nogil:

@@ -128,6 +128,8 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
         if got > 0:
             if tcp_wants_output(s.tcp) or s.fd != NULL or s.polls != NULL:
                 session_touch(e, s)
+            elif s.stat != NULL:
+                s.stat.tcp.unread_bytes = s.tcp.rcv.len_bytes
             if peek:
                 break
             done[0] += got

@@ -42,7 +42,7 @@ class Call(IntEnum):
     BIND = _base + 2  # (+)
     CONNECT = _base + 3  # (+) when established, or failed
     LISTEN = _base + 4  # (+)
-    RETURN = _base + 5  # a session comes back with its state: close
+    RETURN = _base + 5  # a session comes back with its state: close; with a reply right answered when it is here
     FORGET = _base + 6  # a session ended in the application; with a reply right answered when its name is free
     ACCEPTED = _base + 7  # credits of a listener
     RESOLVE = _base + 8  # (+) when the neighbour answered, or not

@@ -281,7 +281,11 @@ class Proxy(Sharing):
             self._forget(number)
             return
         try:
-            self._post(p.Call.RETURN, p.Return(number), ool=[state])
+            if self._forked and not getattr(self._inside, "ipc", False):
+                # Its process may end by os._exit() next, which leaves posted messages behind.
+                self._answer(self._rpc(p.Call.RETURN, p.Return(number), ool=[state]), p.Status)
+            else:
+                self._post(p.Call.RETURN, p.Return(number), ool=[state])
         except OSError:
             # The server went in this very moment: what it did not take ends here.
             self.counters["return_failed"] += 1

@@ -55,6 +55,7 @@ class Sharing(Attachment):
         self._heir = 0
         self._lifeline = -1
         self._before: tuple[int, int] = (0, -1)
+        self._forked = False  # children end by os._exit(), mostly
         self._inherited: list[Any] = []  # a parent's tasks: nothing of theirs may be ended here
         self._attach()
         forking.watch(self)
@@ -354,4 +355,4 @@ class Sharing(Attachment):
         self._credits.clear()
         self._drop_lifeline()  # the parent's own, if it was dormant
         self._heir, self._lifeline = self._before
-        self._dormant = True
+        self._dormant = self._forked = True

@@ -5,18 +5,19 @@
 # believes nothing in it: sizes are sealed, numbers are checked, and who owns which flow it knows by itself.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from ulnet.stack.tcp cimport tcp_stat
+from ulnet.stack.tcp cimport tcp_pcb, tcp_remains, tcp_stat
 from ulnet.stack.types cimport flow_key
 
 cdef enum:
     STAT_RECORDS = 16384
 
-ctypedef struct stat_record:     # 160 bytes
+ctypedef struct stat_record:     # 192 bytes
     uint64_t session_id          # 0: free
     flow_key flow
     uint64_t link                # the writer's: own number while taken, the next free one's while free; from 1
-    uint64_t reserved
+    uint64_t unsettled           # not 0: the numbers are about to change, or were never written
     tcp_stat tcp                 # UDP: bytes_in, bytes_out only
+    tcp_remains remains          # TCP: what else its end needs should the process die
 
 ctypedef struct stat_page:
     uint32_t magic
@@ -38,3 +39,6 @@ cdef class StatPage:
 
 cdef stat_record *stat_take(StatPage page, uint64_t session_id, const flow_key *flow)   # NULL when full (counted)
 cdef void stat_give(stat_record *r) noexcept nogil
+# Around what may send: a death in between leaves a record that says of itself that it is not to be trusted.
+cdef void stat_unsettle(stat_record *r) noexcept nogil
+cdef void stat_settle(stat_record *r, const tcp_pcb *pcb) noexcept nogil

@@ -27,6 +27,8 @@ class StatRecord(NamedTuple):
     unsent_bytes: int
     unread_bytes: int
     changed_ns: int
+    settled: bool
+    raw: bytes
 
 @final
 class StatPage:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from libc.errno cimport errno
 from libc.string cimport memcpy, memset
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from ulnet.stack.address cimport addr_to_text
+from ulnet.stack.tcp cimport tcp_remains_get, tcp_stat_get
 
 cdef extern from "<unistd.h>" nogil:
     int c_close "close" (int fd)
@@ -46,7 +48,7 @@ cdef extern from *:
 
 cdef enum:
     STAT_MAGIC = 0x74617473      # "stat"
-    STAT_VERSION = 1
+    STAT_VERSION = 2
     LAST_STATE = 10              # TIME-WAIT, the last of RFC 9293's eleven states
     PROTO_TCP = 6
     PROTO_UDP = 17
@@ -56,16 +58,17 @@ cdef uint64_t PLAUSIBLE = <uint64_t>1 << 63
 cdef uint64_t LOWER = 0xFFFFFFFF
 cdef int SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
-if sizeof(tcp_stat) != 96 or sizeof(flow_key) != 40 or sizeof(stat_record) != 160:
+if sizeof(tcp_stat) != 96 or sizeof(tcp_remains) != 32 or sizeof(flow_key) != 40 or sizeof(stat_record) != 192:
     raise ImportError("ulnet.stack.statpage: the record layout is not the one this version was written for")
-if sizeof(stat_page) != 64 + STAT_RECORDS * 160:
+if sizeof(stat_page) != 64 + STAT_RECORDS * sizeof(stat_record):
     raise ImportError("ulnet.stack.statpage: the page layout is not the one this version was written for")
 
 RECORDS = STAT_RECORDS
-StatRecord = NamedTuple("StatRecord", [(name, str if name in ("laddr", "raddr") else int) for name in (
+_TYPES = {"laddr": str, "raddr": str, "settled": bool, "raw": bytes}
+StatRecord = NamedTuple("StatRecord", [(name, _TYPES.get(name, int)) for name in (
     "session_id", "proto", "laddr", "lport", "raddr", "rport", "state", "snd_una", "snd_nxt", "rcv_nxt",
     "snd_wnd_bytes", "cwnd_bytes", "ssthresh_bytes", "retransmits", "bytes_in", "bytes_out", "srtt_ns", "rttvar_ns",
-    "rto_ns", "unsent_bytes", "unread_bytes", "changed_ns",
+    "rto_ns", "unsent_bytes", "unread_bytes", "changed_ns", "settled", "raw",
 )])
 StatRecord.__module__ = __name__
 
@@ -98,7 +101,8 @@ cdef stat_record *stat_take(StatPage page, uint64_t session_id, const flow_key *
     r = &p.records[number - 1]
     r.link = number
     r.flow = flow[0]
-    memset(&r.tcp, 0, sizeof(tcp_stat))
+    memset(&r.tcp, 0, sizeof(tcp_stat) + sizeof(tcp_remains))
+    r.unsettled = 1
     ul_stat_store64(&r.session_id, session_id)
     return r
 
@@ -118,6 +122,16 @@ cdef void stat_give(stat_record *r) noexcept nogil:
             return
 
 
+cdef void stat_unsettle(stat_record *r) noexcept nogil:
+    ul_stat_store64(&r.unsettled, 1)
+
+
+cdef void stat_settle(stat_record *r, const tcp_pcb *pcb) noexcept nogil:
+    tcp_stat_get(pcb, &r.tcp)
+    tcp_remains_get(pcb, &r.remains)
+    ul_stat_store64(&r.unsettled, 0)
+
+
 cdef bint plausible(const stat_record *r) noexcept nogil:
     """Whether an honest library could have written this; of what is not, nothing is shown or used."""
     if r.flow.proto != PROTO_TCP and r.flow.proto != PROTO_UDP:
@@ -133,7 +147,8 @@ cdef object record_row(const stat_record *r):
         r.session_id, r.flow.proto, addr_to_text(&r.flow.laddr), r.flow.lport, addr_to_text(&r.flow.raddr), r.flow.rport,
         r.tcp.state, r.tcp.snd_una, r.tcp.snd_nxt, r.tcp.rcv_nxt, r.tcp.snd_wnd_bytes, r.tcp.cwnd_bytes,
         r.tcp.ssthresh_bytes, r.tcp.retransmits, r.tcp.bytes_in, r.tcp.bytes_out, r.tcp.srtt_ns, r.tcp.rttvar_ns,
-        r.tcp.rto_ns, r.tcp.unsent_bytes, r.tcp.unread_bytes, r.tcp.changed_ns,
+        r.tcp.rto_ns, r.tcp.unsent_bytes, r.tcp.unread_bytes, r.tcp.changed_ns, r.unsettled == 0,
+        PyBytes_FromStringAndSize(<const char *>r, sizeof(stat_record)),
     )
 
 
@@ -165,7 +180,7 @@ cdef class StatPage:
     def create() -> StatPage:
         """A new empty page in a memfd of sealed size: whoever holds it cannot make a reader fault.
 
-        2.5 MiB of address space; memory is taken by the records in use.
+        3 MiB of address space; memory is taken by the records in use.
         """
         cdef stat_page *p
         fd = os.memfd_create("ulnet-status", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -109,6 +109,22 @@ ctypedef struct tcp_stat:            # for `ulnet sessions`, the status page and
     uint64_t unread_bytes
     uint64_t changed_ns
 
+ctypedef struct tcp_remains:         # what ends a connection in order when its process has died; 32 bytes, no padding
+    uint32_t rcv_adv
+    uint32_t ts_recent
+    uint32_t ts_offset               # to CLOCK_MONOTONIC in ms
+    uint32_t max_sndwnd_bytes
+    uint16_t our_mss
+    uint16_t snd_mss
+    uint16_t eff_mss
+    uint8_t snd_wscale
+    uint8_t rcv_wscale
+    uint8_t timestamps               # in use, these three
+    uint8_t wscale
+    uint8_t sack
+    uint8_t fin_sent                 # our FIN has left, acknowledged or not
+    uint32_t reserved
+
 cdef tcp_pcb *tcp_new(tcp_env *env, const tcp_config *cfg, void *owner) noexcept nogil
 cdef void tcp_free(tcp_env *env, tcp_pcb *pcb) noexcept nogil
 cdef int tcp_open(tcp_env *env, tcp_pcb *pcb, uint32_t iss) noexcept nogil              # active: sends SYN
@@ -142,10 +158,14 @@ cdef void tcp_icmp(tcp_env *env, tcp_pcb *pcb, int error, uint32_t seq, uint32_t
 cdef int tcp_setopt(tcp_env *env, tcp_pcb *pcb, int level, int name, int value) noexcept nogil
 cdef int tcp_getopt(const tcp_pcb *pcb, int level, int name, int *value) noexcept nogil
 cdef void tcp_stat_get(const tcp_pcb *pcb, tcp_stat *out) noexcept nogil
+cdef void tcp_remains_get(const tcp_pcb *pcb, tcp_remains *out) noexcept nogil
 # Hand-over: everything, timers as time left. The importer's clock may differ.
 cdef size_t tcp_export_bytes(const tcp_pcb *pcb) noexcept nogil
 cdef size_t tcp_export(tcp_env *env, tcp_pcb *pcb, uint8_t *out) noexcept nogil
 cdef tcp_pcb *tcp_import(tcp_env *env, const uint8_t *data, size_t n, void *owner, int *err) noexcept nogil  # checks every field
+# A connection whose process has died and left these numbers, ready to be closed. NULL and -EINVAL: data was lost, or no
+# honest library writes such numbers. *in_doubt: what was sent last may not have arrived, the answer to our FIN will tell.
+cdef tcp_pcb *tcp_revive(tcp_env *env, const tcp_stat *last, const tcp_remains *r, void *owner, bint *in_doubt, int *err) noexcept nogil
 # TIME-WAIT: may this SYN begin a new connection at once (RFC 9293 3.10.7.4, RFC 6191)? Then free the pcb and treat
 # the SYN as new, with an initial sequence number not before *iss_least. Ask before tcp_input().
 cdef bint tcp_reusable(const tcp_pcb *pcb, const tcp_seg *syn, uint32_t *iss_least) noexcept nogil

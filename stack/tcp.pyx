@@ -14,7 +14,7 @@ from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_congestion cimport TCP_CC_NEWRENO, tcp_cc_start
 from ulnet.stack.tcp_input cimport tcp_icmp_arrives, tcp_segment_arrives, tcp_syn_accepted
 from ulnet.stack.tcp_isn cimport tcp_isn_of
-from ulnet.stack.tcp_migrate cimport tcp_freeze, tcp_frozen_bytes, tcp_thaw
+from ulnet.stack.tcp_migrate cimport FROZEN_BYTES_MAX, tcp_freeze, tcp_freeze_remains, tcp_frozen_bytes, tcp_thaw
 from ulnet.stack.tcp_output cimport tcp_output_run, tcp_refuse_build, tcp_send_bare
 from ulnet.stack.tcp_recovery cimport TCP_REC_NEWRENO, tcp_rec_start
 from ulnet.stack.tcp_rtt cimport tcp_rto, tcp_rtt_init
@@ -509,6 +509,23 @@ cdef void tcp_stat_get(const tcp_pcb *pcb, tcp_stat *out) noexcept nogil:
     out.changed_ns = <uint64_t>pcb.changed_ns
 
 
+cdef void tcp_remains_get(const tcp_pcb *pcb, tcp_remains *out) noexcept nogil:
+    out.rcv_adv = pcb.rcv_adv
+    out.ts_recent = pcb.ts_recent
+    out.ts_offset = pcb.ts_offset
+    out.max_sndwnd_bytes = pcb.max_sndwnd
+    out.our_mss = pcb.our_mss
+    out.snd_mss = pcb.snd_mss
+    out.eff_mss = pcb.eff_mss
+    out.snd_wscale = pcb.snd_wscale
+    out.rcv_wscale = pcb.rcv_wscale
+    out.timestamps = (pcb.flags & TF_TS) != 0
+    out.wscale = (pcb.flags & TF_WSCALE) != 0
+    out.sack = (pcb.flags & TF_SACK) != 0
+    out.fin_sent = pcb.state == TCP_FIN_WAIT_2 or pcb.state == TCP_TIME_WAIT or (
+        tcp_has_sent_fin_state(pcb) and pcb.snd_max == pcb.snd_una + <uint32_t>pcb.snd.len_bytes + 1)
+
+
 # ---- hand-over ----
 
 cdef size_t tcp_export_bytes(const tcp_pcb *pcb) noexcept nogil:
@@ -533,3 +550,12 @@ cdef tcp_pcb *tcp_import(tcp_env *env, const uint8_t *data, size_t n, void *owne
     if pcb.state != TCP_CLOSED:
         pcb.flags |= TF_OUTPUT       # look at once whether anything may go from here
     return pcb
+
+
+cdef tcp_pcb *tcp_revive(tcp_env *env, const tcp_stat *last, const tcp_remains *r, void *owner, bint *in_doubt, int *err) noexcept nogil:
+    cdef uint8_t[FROZEN_BYTES_MAX] state
+    cdef size_t n = tcp_freeze_remains(env, last, r, state, in_doubt)
+    if n == 0:
+        err[0] = -EINVAL
+        return NULL
+    return tcp_import(env, state, n, owner, err)

@@ -11,12 +11,13 @@ from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_
 from libc.string cimport memcpy, memset
 from ulnet.stack.buf cimport rxq_append, rxq_push, rxseg, rxseg_new, txq_append_copy, txq_copy_out
 from ulnet.stack.seqnum cimport seq_le, seq_lt
-from ulnet.stack.tcp cimport tcp_env
+from ulnet.stack.tcp cimport tcp_env, tcp_remains, tcp_stat
 from ulnet.stack.tcp_cb cimport *
-from ulnet.stack.tcp_congestion cimport TCP_CWND_MAX_BYTES, tcp_cc_start, tcp_cc_table
+from ulnet.stack.tcp_congestion cimport TCP_CC_NEWRENO, TCP_CWND_MAX_BYTES, tcp_cc_start, tcp_cc_table
 from ulnet.stack.tcp_reass cimport OOO_MAX_PIECES
-from ulnet.stack.tcp_recovery cimport REC_LOSS, tcp_rec_start, tcp_rec_table
+from ulnet.stack.tcp_recovery cimport REC_LOSS, TCP_REC_NEWRENO, tcp_rec_start, tcp_rec_table
 from ulnet.stack.tcp_rtt cimport TCP_BACKOFF_MAX, TCP_RTO_MAX_NS, TCP_RTO_MIN_NS
+from ulnet.stack.tcp_timer cimport TCP_TIME_WAIT_NS
 
 cdef extern from *:                      # C literals: an enum would make int of them
     """
@@ -29,6 +30,8 @@ cdef enum:
     FROZEN_VERSION = 1
     WINDOW_MAX_BYTES = 0x40000000            # RFC 7323 2.3
     BUFFER_MAX_BYTES = 0x40000000
+    REMAINS_BUFFER_BYTES = 65536             # nothing is sent or received any more but a FIN
+    DOUBT_SEGMENTS = 10                      # RFC 6928 2, an initial window: more in flight is a transfer cut off
 
 ctypedef struct frozen:
     uint32_t magic
@@ -221,6 +224,89 @@ cdef size_t tcp_freeze(tcp_env *env, tcp_pcb *pcb, uint8_t *out) noexcept nogil:
         p += 8 + s.len_bytes
         s = s.next
     return <size_t>(p - out)
+
+
+# ---- after a death ----
+
+cdef size_t tcp_freeze_remains(const tcp_env *env, const tcp_stat *last, const tcp_remains *r, uint8_t *out,
+                               bint *in_doubt) noexcept nogil:
+    """What is missing is made up so that it does no harm to a connection that has but its FIN to send or to await.
+
+    Of an honest library's numbers, that is; tcp_thaw judges them as it does any state.
+    """
+    cdef frozen f
+    cdef int i
+    cdef bint eof = last.state >= TCP_CLOSE_WAIT
+    cdef uint8_t state = <uint8_t>last.state
+    cdef uint32_t flight = last.snd_nxt - last.snd_una
+    if sizeof(f) > FROZEN_BYTES_MAX or last.state < TCP_ESTABLISHED or last.state > TCP_TIME_WAIT:
+        return 0
+    if last.unsent_bytes or last.unread_bytes or r.fin_sent > 1:
+        return 0
+    memset(&f, 0, sizeof(f))
+    f.snd_max = f.snd_nxt = f.snd_una = last.snd_nxt
+    for i in range(TT_COUNT):
+        f.timers_left_ns[i] = -1
+    if state == TCP_FIN_WAIT_1 or state == TCP_CLOSING or state == TCP_LAST_ACK:
+        if r.fin_sent:
+            f.snd_una -= 1
+            flight -= 1
+            f.timers_left_ns[TT_REXMT] = TCP_RTO_MIN_NS
+        else:
+            state = TCP_CLOSE_WAIT if eof else TCP_ESTABLISHED        # the close to come sends it
+    elif state == TCP_TIME_WAIT:
+        f.timers_left_ns[TT_2MSL] = TCP_TIME_WAIT_NS
+    # The acknowledgement may have died with the process, in its ring. Should data be missing, the peer's answer to the
+    # FIN says so: it stays where it was.
+    in_doubt[0] = flight != 0
+    if flight > DOUBT_SEGMENTS * <uint32_t>r.eff_mss:
+        return 0
+    f.magic = FROZEN_MAGIC
+    f.version = FROZEN_VERSION
+    f.record_bytes = sizeof(frozen)
+    f.total_bytes = sizeof(frozen)
+    f.flags = TF_OPENED
+    if r.timestamps:
+        f.flags |= TF_TS
+    if r.wscale:
+        f.flags |= TF_WSCALE
+    if r.sack:
+        f.flags |= TF_SACK
+    if eof:
+        f.flags |= TF_EOF | TF_FIN_SEEN
+        f.rcv_fin = last.rcv_nxt - 1
+    f.state = state
+    f.snd_wscale = r.snd_wscale
+    f.rcv_wscale = r.rcv_wscale
+    f.cc_id = TCP_CC_NEWRENO
+    f.rec_id = TCP_REC_NEWRENO
+    f.our_mss = f.rcv_mss = r.our_mss
+    f.snd_mss = r.snd_mss
+    f.eff_mss = r.eff_mss
+    f.iss = f.snd_una - 1
+    f.snd_sml = f.rec_recover = f.snd_una
+    f.snd_wl1 = last.rcv_nxt
+    f.snd_wl2 = f.snd_una
+    f.snd_wnd = last.snd_wnd_bytes
+    f.max_sndwnd = r.max_sndwnd_bytes
+    f.irs = last.rcv_nxt - 1
+    f.rcv_nxt = f.last_ack_sent = last.rcv_nxt
+    f.rcv_adv = r.rcv_adv
+    f.ts_recent = r.ts_recent
+    f.ts_now = <uint32_t>(<uint64_t>env.now_ns // 1000000) + r.ts_offset
+    f.sndbuf_bytes = f.rcvbuf_bytes = REMAINS_BUFFER_BYTES
+    f.cwnd_bytes = last.cwnd_bytes
+    f.ssthresh_bytes = last.ssthresh_bytes
+    f.srtt_ns = <int64_t>last.srtt_ns
+    f.rttvar_ns = <int64_t>last.rttvar_ns
+    f.rto_ns = <int64_t>last.rto_ns
+    f.keepidle_s = 7200                      # of no use, but in their range
+    f.keepintvl_s = 75
+    f.keepcnt = 9
+    f.bytes_in = last.bytes_in
+    f.bytes_out = last.bytes_out
+    memcpy(out, &f, sizeof(f))
+    return sizeof(f)
 
 
 # ---- and back ----

@@ -14,8 +14,10 @@ import pytest
 from ulnet.stack.statpage import RECORDS, StatPage, give, take
 
 TCP, UDP = 6, 17
-RECORD_BYTES = 160
+RECORD_BYTES = 192
 TCP_STAT_AT = 64  # session id 8, flow 40, two words of the writer
+UNSETTLED_AT = TCP_STAT_AT - 8
+REMAINS_AT = TCP_STAT_AT + 96
 STATE_AT = TCP_STAT_AT
 HEADER = struct.Struct("<IIII")
 
@@ -36,11 +38,13 @@ def test_server_sees_what_is_taken_and_written(pages: tuple[StatPage, StatPage, 
     assert at is not None
     fields = (4, 1, 2, 0xFFFFFFFF, 4, 5, 6, 7)
     wide = (10, 11, 12, 13, 14, 15, 16, (1 << 63) - 1)
-    raw[at + TCP_STAT_AT : at + RECORD_BYTES] = struct.pack("<8I8Q", *fields, *wide)
+    assert not view.records()[0].settled  # never written: nothing in it is to be trusted
+    raw[at + UNSETTLED_AT] = 0
+    raw[at + TCP_STAT_AT : at + REMAINS_AT] = struct.pack("<8I8Q", *fields, *wide)
     row = view.record_for(77)
     assert row is not None
     assert row[:6] == (77, TCP, "10.0.0.1", 5000, "10.0.0.2", 80)
-    assert row[6:14] == fields and row[14:] == wide
+    assert row[6:14] == fields and row[14:22] == wide and row.settled and row.raw == raw[at : at + RECORD_BYTES]
     assert [r.session_id for r in view.records()] == [77, 78]
     assert view.record_for(79) is None and view.record_for(0) is None
     give(page, at)
@@ -122,7 +126,7 @@ def test_a_hostile_application_is_only_skipped(pages: tuple[StatPage, StatPage, 
     bad_state, bad_proto, bad_count, bad_port = (at for at in good[:4] if at is not None)
     raw[bad_state + STATE_AT] = 11
     raw[bad_proto + 8 + 36] = 1
-    raw[bad_count + RECORD_BYTES - 1] = 0x80
+    raw[bad_count + REMAINS_AT - 1] = 0x80
     raw[bad_port + 8 + 32 : bad_port + 8 + 34] = b"\0\0"
     assert [r.session_id for r in view.records()] == [5]
     assert view.invalid == 4

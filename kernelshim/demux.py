@@ -256,7 +256,8 @@ class Demux:
         """Remove a channel and its flows; their packets go to the server from now on.
 
         False when somebody still holds the descriptor: the channel then receives nothing, keeps its id and
-        its mark, and leaves for good at a later ``sweep`` (each open and close does one).
+        its mark, and leaves for good at a later ``sweep`` (each open and close does one). Sweep soon and often while
+        ``leaving``: when the last holder goes, another channel takes the place, and its packets stray until then.
         """
         member = self._member(channel_id)
         self._drop_flows(list(member.flows))
@@ -267,6 +268,11 @@ class Demux:
             member.let_go()
         self.sweep()
         return channel_id not in self._members
+
+    @property
+    def leaving(self) -> bool:
+        """Some closed channel's descriptor was still held at the last look."""
+        return any(member.sock is None for member in self._order)
 
     def sweep(self) -> int:
         """Take note of closed channels whose descriptors are gone by now; returns how many are still there."""

@@ -158,10 +158,8 @@ class Sharing(Attachment):
         self._post_quietly(p.Call.RELEASE, p.Release(number))
         return fd
 
-    def hold(self, fd: int) -> Session | None:
-        """The session whose user's end ``fd`` is, held by this process, too, from now on; None: it is nobody's.
-
-        The descriptor is the session's from here on."""
+    def hold(self, fd: int) -> tuple[Session, tuple[str, int]] | None:
+        """See Host."""
         self._check()
         try:
             info = self._answer(self._rpc(p.Call.HOLD, p.Nothing(), fds=[fd]), p.Info)
@@ -177,7 +175,7 @@ class Sharing(Attachment):
         if info.named:
             self._named.add(info.session)
         self._sessions[info.session] = session
-        return session
+        return session, (ANY if info.wildcard else info.laddr, info.lport)
 
     # -- and back ------------------------------------------------------------------------------
 

@@ -258,7 +258,7 @@ class Proxy(Sharing):
         self._task.close()
         if not self.engine.counters()["buf_lent"]:  # else the ring goes with the last buffer lent
             self.link.close()
-        self.engine.resolver = self.engine.on_strays = None  # no circle keeps descriptors open
+        self._release_engine(self.engine)
         with _hosts_lock:
             for key in [key for key, host in _hosts.items() if host is self]:
                 del _hosts[key]

@@ -67,6 +67,11 @@ class Sharing(Attachment):
         engine.on_shared_error = self._on_shared_error
         engine.on_shared_option = self._on_shared_option
 
+    def _release_engine(self, engine: Engine) -> None:
+        """No circle of references keeps its descriptors open."""
+        engine.resolver = engine.on_strays = engine.on_shared = engine.on_shared_end = None
+        engine.on_shared_error = engine.on_shared_option = None
+
     def _check(self) -> None:
         """Before every call of the server: a child attaches itself now."""
         if self._dormant:

@@ -32,7 +32,7 @@ VARIABLE: Final = "ULNET_PATCH"  # names the interpreter whose children are patc
 CHILDREN: Final = str(Path(__file__).resolve().parent / "children")
 
 _std_close = socket.close
-_std_fork_exec = getattr(subprocess, "_fork_exec", None)
+_std_fork_exec: Any = getattr(subprocess, "_fork_exec", None)
 _std_fromfd = socket.fromfd
 _std_sendfile = os.sendfile
 _std_setdefaulttimeout = socket.setdefaulttimeout
@@ -138,8 +138,8 @@ def _close(fd: int, /) -> None:
 
 
 def _fork_exec(arguments: Any, programs: Any, close_fds: Any, pass_fds: Any, *more: Any) -> Any:
-    """subprocess, at the moment of the fork: a connection given as a standard stream or by ``pass_fds`` is placed in the
-    server, where its descriptor carries the data itself, as an inetd expects."""
+    """Before subprocess forks: a connection given as a standard stream or by ``pass_fds`` is placed in the server, where
+    its descriptor carries the data itself, as an inetd expects."""
     # cwd, env, then the pipes: p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
     for fd in {*pass_fds, more[2], more[5], more[7]}:
         session = openfile.find(fd) if fd >= 0 else None

@@ -3,6 +3,7 @@
 #   make test    the tests
 #   make conformance   CPython's own socket tests over a real link, against the kernel's stack and against itself
 #   make programs  real programs by `ulnet run`, each compared with itself on kernel sockets
+#   make soak    the long forms of some tests: a gibibyte each way, ten thousand forks, long random walks
 #   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
 #   make counts  exact counts of system calls, frames and copies on the hot path
 #   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml Makefile
 
-.PHONY: demo test conformance programs bench history counts lint dist clean
+.PHONY: demo test conformance programs soak bench history counts lint dist clean
 demo: .stamp-build
 	@$(BIN)/python -m ulnet demo
 
@@ -24,6 +25,10 @@ conformance: .stamp-build
 
 programs: .stamp-build
 	$(BIN)/python -m pytest -v --no-header --tb=short --durations=0 --durations-min=0.1 tests/programs
+
+soak: .stamp-build
+	ULNET_SOAK=1 $(BIN)/python -m pytest -v -s --no-header tests/acceptance/test_transfer.py tests/acceptance/test_many.py \
+	  tests/acceptance/test_forks.py tests/test_socket_machine.py
 
 bench: .stamp-build
 	$(BIN)/python -m pytest -q bench --benchmark-autosave

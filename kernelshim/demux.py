@@ -117,6 +117,7 @@ class Demux:
         self._flows: dict[Flow, int] = {}
         self._order: list[_Member] = []  # fanout order, from SERVER_INDEX + 1 on
         self._members: dict[int, _Member] = {}
+        self._unsure = False  # somebody joined while a closed channel was still held
         self._next_id = 1
         self._group: int | None = None
         self._sockets: list[socket.socket] = []
@@ -211,6 +212,7 @@ class Demux:
         if interface not in ("ipf", "shm", "ipc"):
             raise ValueError(f"packet interface {interface!r}: it must be one of 'ipf', 'shm', 'ipc'")
         self.sweep()
+        leaving = self.leaving
         channel_id = self._free_id()
         ring = NO_RING if interface == "ipc" else ring_for(slots)
 
@@ -230,6 +232,9 @@ class Demux:
         self._members[channel_id] = member
         self._order.append(member)
         self._show(member, len(self._order) - 1)
+        if leaving:  # the one who leaves may have gone before this one joined, or goes after: its place is another's
+            self._unsure = True
+            self.sweep()
         return ChannelGrant(
             channel_id=channel_id,
             fd=os.dup(sock.fileno()),
@@ -256,7 +261,8 @@ class Demux:
         """Remove a channel and its flows; their packets go to the server from now on.
 
         False when somebody still holds the descriptor: the channel then receives nothing, keeps its id and
-        its mark, and leaves for good at a later ``sweep`` (each open and close does one).
+        its mark, and leaves for good at a later ``sweep`` (each open and close does one). Sweep soon and often while
+        ``leaving``: when the last holder goes, another channel takes the place, and its packets stray until then.
         """
         member = self._member(channel_id)
         self._drop_flows(list(member.flows))
@@ -267,6 +273,11 @@ class Demux:
             member.let_go()
         self.sweep()
         return channel_id not in self._members
+
+    @property
+    def leaving(self) -> bool:
+        """Some closed channel's descriptor was still held at the last look."""
+        return any(member.sock is None for member in self._order)
 
     def sweep(self) -> int:
         """Take note of closed channels whose descriptors are gone by now; returns how many are still there."""
@@ -281,9 +292,10 @@ class Demux:
             if last is not member:
                 self._order[at] = last
             del self._members[member.channel_id]
-        if len(gone) > 1:
-            # Unseen, so nobody knows which left first, and the places of the others depend on it.
+        if gone and (len(gone) > 1 or self._unsure):
+            # Unseen, so nobody knows which left first, and whether before another joined: the places depend on it.
             self._find_places()
+        self._unsure = self._unsure and len(leaving) > len(gone)
         # Also when none is gone: close_channel() has announced a move that did not happen.
         changed = [self._show(member, at, publish=False) for at, member in enumerate(self._order)]
         if any(changed) or gone:

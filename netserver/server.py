@@ -39,6 +39,8 @@ log = logging.getLogger("ulnet.netserver")
 
 SOCKET_MODE: Final = 0o666  # any user may attach; what each may do is decided by credentials and tables
 SLEEP_MAX_S: Final = 60.0
+# A program lets go of its channel right after it said so. Who keeps it (a buffer on loan) is looked at less often.
+SWEEP_MIN_S, SWEEP_MAX_S = 0.001, 0.25
 _SILENT: Final = frozenset(("CLOSED", "LISTEN", "TIME-WAIT", "SYN-SENT"))  # nothing there that a RST would end
 
 
@@ -66,6 +68,7 @@ class NetServer:
         preflight.check_free(self.address)
         preflight.check_socket_path(self.path)
         self._stopping = False
+        self._sweep_at, self._sweep_gap_s = 0.0, SWEEP_MIN_S
         self._status = 0
         preflight.raise_descriptor_limit()
         with ExitStack() as undo:
@@ -124,6 +127,8 @@ class NetServer:
     def close_channel(self, channel: ChannelGrant) -> None:
         """Its flows lead here again; who still holds the descriptor gets nothing and may send nothing."""
         self.demux.close_channel(channel.channel_id)
+        self._sweep_gap_s = SWEEP_MIN_S
+        self._sweep_at = time.monotonic() + self._sweep_gap_s
 
     def attached(self, app: Application) -> tuple[p.Attached, list[int]]:
         """What an application needs to run its engine, and the descriptors that go with it."""
@@ -156,6 +161,7 @@ class NetServer:
         deadline = self.engine.deadline_ns()
         if deadline is not None:
             timeout_s = min(timeout_s, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
+        timeout_s = min(timeout_s, self._sweep())
         relays_s = self.calls.table.wait_s()
         if relays_s is not None:
             timeout_s = min(timeout_s, relays_s)
@@ -181,6 +187,17 @@ class NetServer:
         self.resolver.check()
         if self.watch.fileno() in ready:
             self._look_around()
+
+    def _sweep(self) -> float:
+        """Look after channels whose programs still held them when they left; the seconds until the next look."""
+        if not self.demux.leaving:
+            return SLEEP_MAX_S
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self.demux.sweep()
+            self._sweep_gap_s = min(2 * self._sweep_gap_s, SWEEP_MAX_S)
+            self._sweep_at = now + self._sweep_gap_s
+        return self._sweep_at - now
 
     def stop(self, status: int = 0) -> None:
         """End ``run``; callable from a signal handler and from other threads."""

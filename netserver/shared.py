@@ -26,6 +26,7 @@ from ulnet.netserver.records import TCP, Application, Heir, Holder, Place, Refus
 from ulnet.netserver.sessions import SESSIONS_PER_APPLICATION, SessionTable
 from ulnet.stack import protocol as p
 from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_RELAY
+from ulnet.stack.ports import WILDCARDS
 from ulnet.stack.relay import DATAGRAMS, LISTENER, NEWS_ENDED, NEWS_HUNG, NEWS_RESET, NEWS_ROOM, STREAM, Relay, Relays
 from ulnet.stack.session import STATES, Session
 
@@ -474,6 +475,7 @@ class SharedTable(SessionTable):
             state=STATES.index(state),
             listening=share.what is Place.LISTENING,
             named=record.name.explicit,
+            wildcard=record.name.addr in WILDCARDS,
             eof=share.relay is None or share.relay.eof,
             so_error=error,
         )

@@ -254,7 +254,7 @@ class Held(socket):
 
     __slots__ = ()
 
-    def _real_close(self) -> None:
+    def _real_close(self, linger: bool = True) -> None:
         self._kernel.close()
 
     def detach(self) -> int:

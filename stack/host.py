@@ -80,8 +80,10 @@ class Host(ABC):
         """Let go of a session but not of its descriptor, which is the caller's from now on and carries the data."""
         raise _alone()
 
-    def hold(self, fd: int) -> Session | None:
-        """The session whose descriptor ``fd`` is, shared with who else has it; None: no session's."""
+    def hold(self, fd: int) -> tuple[Session, tuple[str, int]] | None:
+        """The session whose descriptor ``fd`` is, shared with who else has it, and its local name as it was bound.
+
+        None: no session's. The descriptor is the session's from here on."""
         return None
 
     # -- fork ------------------------------------------------------------------------------------

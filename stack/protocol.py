@@ -375,7 +375,8 @@ class Info(Record):
     rport: U16
     state: U8
     listening: Flag
-    named: Flag  # by bind(), or by the system's choice
+    named: Flag  # by bind(), not by the system's choice
+    wildcard: Flag  # bound to any address
     eof: Flag
     so_error: U32
 

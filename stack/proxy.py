@@ -13,7 +13,9 @@ import errno
 import logging
 import os
 import threading
-from typing import Final
+import weakref
+from multiprocessing import util
+from typing import Any, Final, cast
 
 from ulnet.ipc import Message, Sender
 from ulnet.stack import protocol as p
@@ -51,7 +53,7 @@ class Proxy(Sharing):
             raise ValueError(f"placement {placement!r}: use one of {', '.join(PLACEMENTS)}")
         self.placement = placement
         super().__init__(path, interface, spin_ns)
-        atexit.register(self._at_exit)
+        _open.add(self)
 
     # -- Host ----------------------------------------------------------------------------------
 
@@ -239,7 +241,7 @@ class Proxy(Sharing):
         with self._lock:
             if self._closed or os.getpid() != self._pid:
                 return
-        atexit.unregister(self._at_exit)
+        _open.discard(self)
         with self._lock:
             held = list(self._sessions.values())
         for session in held:
@@ -256,7 +258,7 @@ class Proxy(Sharing):
         self._task.close()
         if not self.engine.counters()["buf_lent"]:  # else the ring goes with the last buffer lent
             self.link.close()
-        self.engine.resolver = self.engine.on_strays = None  # no circle keeps descriptors open
+        self._release_engine(self.engine)
         with _hosts_lock:
             for key in [key for key, host in _hosts.items() if host is self]:
                 del _hosts[key]
@@ -428,6 +430,20 @@ class Proxy(Sharing):
         if os.getpid() == self._pid:
             self.shutdown()
 
+
+_open: weakref.WeakSet[Proxy] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """The program ends: what it holds is given back, in good order."""
+    for proxy in list(_open):
+        proxy._at_exit()
+
+
+# After the finalizers of multiprocessing, which still talk over our sockets: what is registered last runs first.
+atexit.unregister(cast(Any, util)._exit_function)
+atexit.register(_end_all)
+atexit.register(cast(Any, util)._exit_function)
 
 _hosts: dict[str, Proxy] = {}
 _hosts_lock = threading.Lock()

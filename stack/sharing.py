@@ -68,6 +68,11 @@ class Sharing(Attachment):
         engine.on_shared_error = self._on_shared_error
         engine.on_shared_option = self._on_shared_option
 
+    def _release_engine(self, engine: Engine) -> None:
+        """No circle of references keeps its descriptors open."""
+        engine.resolver = engine.on_strays = engine.on_shared = engine.on_shared_end = None
+        engine.on_shared_error = engine.on_shared_option = None
+
     def _check(self) -> None:
         """Before every call of the server: a child attaches itself now."""
         if self._dormant:
@@ -159,10 +164,8 @@ class Sharing(Attachment):
         self._post_quietly(p.Call.RELEASE, p.Release(number))
         return fd
 
-    def hold(self, fd: int) -> Session | None:
-        """The session whose user's end ``fd`` is, held by this process, too, from now on; None: it is nobody's.
-
-        The descriptor is the session's from here on."""
+    def hold(self, fd: int) -> tuple[Session, tuple[str, int]] | None:
+        """See Host."""
         self._check()
         try:
             info = self._answer(self._rpc(p.Call.HOLD, p.Nothing(), fds=[fd]), p.Info)
@@ -178,7 +181,7 @@ class Sharing(Attachment):
         if info.named:
             self._named.add(info.session)
         self._sessions[info.session] = session
-        return session
+        return session, (ANY if info.wildcard else info.laddr, info.lport)
 
     # -- and back ------------------------------------------------------------------------------
 

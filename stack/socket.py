@@ -167,11 +167,13 @@ class socket(Files, Socket):
         session = keeper.session if keeper is not None else find(fileno)
         if session is None:
             host = get_default_host()
-            session = host.hold(fileno)
-            if session is None:
+            held = host.hold(fileno)
+            if held is None:
                 raise OSError(errno.ENOTSOCK, f"descriptor {fileno} is no socket of this stack")
+            session, bound = held
             session.file = File(host, Options())
             session.file.listening = session.listening
+            session.file.bound = bound
         elif fileno != session.fileno():
             self._fd = fileno
         self.family = _std.AF_INET

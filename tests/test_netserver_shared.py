@@ -536,7 +536,7 @@ class TestListener:
         sock = socket.socket(host=party.proxy)
         sock.bind(("", 0))
         sock.listen(backlog)
-        name = sock.getsockname()
+        name = ADDRESS, sock.getsockname()[1]
         number = sock.session.session_id if sock.session else 0
         session = sock.session
         assert session is not None
@@ -644,7 +644,7 @@ class TestListener:
         sock = socket.socket(host=party.proxy)
         sock.bind(("", 0))
         sock.listen(8)
-        name = sock.getsockname()
+        name = ADDRESS, sock.getsockname()[1]
         with bed.b.socket() as peer:
             peer.settimeout(10)
             peer.connect(name)
@@ -676,7 +676,7 @@ class TestListener:
         party = Party(bed)
         sock = socket.socket(host=party.proxy)
         sock.bind(("", 0))
-        name = sock.getsockname()
+        name = ADDRESS, sock.getsockname()[1]
         session = party.take(sock)
         number, user = party.share(session, state=False)
         assert party.status(number).listening is False
@@ -699,7 +699,7 @@ class TestListener:
         party = Party(bed)
         sock = socket.socket(host=party.proxy)
         sock.bind(("", 0))
-        name = sock.getsockname()
+        name = ADDRESS, sock.getsockname()[1]
         session = party.take(sock)
         number, user = party.share(session, state=False)
         with refused(errno.ECONNREFUSED):
@@ -735,7 +735,7 @@ class TestUdp:
         party = Party(bed)
         sock = socket.socket(type=socket.SOCK_DGRAM, host=party.proxy)
         sock.bind(("", 0))
-        name = sock.getsockname()
+        name = ADDRESS, sock.getsockname()[1]
         session = party.take(sock)
         with bed.b.socket(type=ksocket.SOCK_DGRAM) as peer:
             peer.bind((PEER, 0))
@@ -800,7 +800,7 @@ class TestUdp:
         party = Party(bed)
         sock = socket.socket(type=socket.SOCK_DGRAM, host=party.proxy)
         sock.bind(("", 0))
-        name = sock.getsockname()
+        name = ADDRESS, sock.getsockname()[1]
         session = party.take(sock)
         count = 1500
 

@@ -225,7 +225,7 @@ class TestLoopback:
             assert server.recv(9) == b"two"
         with socket.socket(type=socket.SOCK_DGRAM) as client:
             assert client.sendto(b"x", 0, (THERE, 9)) == 1
-            assert is_ours(client) and client.getsockname()[0] == "10.0.0.1"
+            assert is_ours(client) and client.getsockname()[1] > 0
 
     def test_passing_on(self, there: Embedded) -> None:
         """A socket on loopback is passed on by multiprocessing as the kernel's."""

@@ -615,7 +615,7 @@ def test_datagrams_on_the_pair(hosts: tuple[Embedded, Embedded]) -> None:
     assert nowhere.value.errno == errno.EDESTADDRREQ
     end.send(address(*there) + b"0123456789")
     assert sock.recvfrom(4, socket.MSG_PEEK) == (b"0123", there)
-    assert sock.recv(4, socket.MSG_PEEK | socket.MSG_TRUNC) == b"0123"
+    assert sock.recv(4, socket.MSG_PEEK | socket.MSG_TRUNC)[:4] == b"0123"
     assert sock.recvmsg(4) == (b"0123", [], socket.MSG_TRUNC, there)
     end.send(b"too short")
     end.send(address("192.0.2.7", 1) + b"lent")
@@ -662,7 +662,7 @@ def test_udp_there_and_back(hosts: tuple[Embedded, Embedded], udp: Joined) -> No
     source = client.getsockname()
     with Placed(session) as placed:
         assert placed.user_fd == number and session.live and session.state == "OPEN"
-        assert server.getsockname() == ("10.0.0.2", 9000)
+        assert server.getsockname() == ("0.0.0.0", 9000)
         assert not select.select([server], [], [], 0)[0]
         placed.end.send(address("192.0.2.7", 4) + b"read on the pair")
         placed.end.send(address("192.0.2.8", 5) + b"first" * 10_000)

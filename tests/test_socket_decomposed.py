@@ -341,3 +341,19 @@ def test_close_wakes_receiver(joined: tuple[socket.socket, kernel.socket]) -> No
         time.sleep(0.1)
         ours.close()
     assert outcome == [errno.EBADF]
+
+
+def test_another_program_leaves(bed: Bed, service: kernel.socket) -> None:
+    """The kernel moves the last channel of the group into the place of one that leaves: its packets must follow."""
+    leaver, stayer = bed.proxy(), bed.proxy()
+    with socket.create_connection(service.getsockname(), 5, host=stayer) as ours:
+        theirs, _ = service.accept()
+        leaver.shutdown()
+        time.sleep(0.1)
+        for _ in range(5):
+            theirs.sendall(b"ping")
+            assert ours.recv(100) == b"ping"
+            time.sleep(0.02)
+        theirs.close()
+    stayer.shutdown()
+    expect_settled(bed)

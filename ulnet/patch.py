@@ -15,6 +15,7 @@ import select
 import selectors
 import socket
 import ssl  # before anything is replaced: ssl.SSLSocket stays derived from the kernel's class
+import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import reduction  # it registers the kernel's class under the name it finds
@@ -23,7 +24,7 @@ from types import ModuleType
 from typing import Any, Final, cast
 
 from ulnet import standin
-from ulnet.stack import dispatch, proxy, resolve, tls  # noqa: F401 (proxy: it must know the true modules)
+from ulnet.stack import dispatch, openfile, proxy, resolve, tls  # noqa: F401 (proxy: it must know the true modules)
 from ulnet.stack import socket as _ulnet
 
 _SENDFILE_BYTES: Final = 1 << 20
@@ -31,7 +32,7 @@ VARIABLE: Final = "ULNET_PATCH"  # names the interpreter whose children are patc
 CHILDREN: Final = str(Path(__file__).resolve().parent / "children")
 
 _std_close = socket.close
-_std_dup = socket.dup
+_std_fork_exec: Any = getattr(subprocess, "_fork_exec", None)
 _std_fromfd = socket.fromfd
 _std_sendfile = os.sendfile
 _std_setdefaulttimeout = socket.setdefaulttimeout
@@ -56,6 +57,8 @@ def install(*, children: bool = True) -> None:
         _replace(socket, name, value)
     _replace(ssl.SSLContext, "sslsocket_class", tls.Choice)
     _replace(os, "sendfile", _sendfile)
+    if hasattr(subprocess, "_fork_exec"):
+        _replace(subprocess, "_fork_exec", _fork_exec)
     for module in (select, selectors):
         _take_names(module)
     standin.install()
@@ -96,7 +99,6 @@ def _socket_names() -> dict[str, Any]:
         "socket": dispatch.socket,
         "SocketType": dispatch.socket,
         "close": _close,
-        "dup": _dup,
         "fromfd": _fromfd,
         "setdefaulttimeout": _setdefaulttimeout,
         "has_ipv6": False,
@@ -135,8 +137,15 @@ def _close(fd: int, /) -> None:
     _ulnet.close(fd)
 
 
-def _dup(fd: int, /) -> int:
-    return _ulnet.dup(fd) if dispatch.descriptor_is_private(fd) else _std_dup(fd)
+def _fork_exec(arguments: Any, programs: Any, close_fds: Any, pass_fds: Any, *more: Any) -> Any:
+    """Before subprocess forks: a connection given as a standard stream or by ``pass_fds`` is placed in the server, where
+    its descriptor carries the data itself, as an inetd expects."""
+    # cwd, env, then the pipes: p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
+    for fd in {*pass_fds, more[2], more[5], more[7]}:
+        session = openfile.find(fd) if fd >= 0 else None
+        if session is not None:
+            session.file.host.publish(session, True)
+    return _std_fork_exec(arguments, programs, close_fds, pass_fds, *more)
 
 
 def _fromfd(fd: int, family: int, type: int, proto: int = 0) -> Any:

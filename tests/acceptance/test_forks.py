@@ -82,7 +82,7 @@ def test_forks_with_a_mebibyte_each_way(hosts: Hosts) -> None:
         print(f"  re-promotion:       {quantiles(again)}")
         print(f"  server: {before[0]} -> {after[0]} KiB, {before[1]} -> {after[1]} descriptors")
         print(f"  program: {before[2]} -> {after[2]} KiB, {before[3]} -> {after[3]} descriptors")
-        assert abs(after[1] - before[1]) <= 1 and after[3] == before[3]
+        assert abs(after[1] - before[1]) <= 1 and abs(after[3] - before[3]) <= 1
         assert after[0] - before[0] < 8192 and after[2] - before[2] < 8192
         app.do(
             f"data = b''\nwhile len(data) < {SIZE}: data += sock.recv(65536)\n"

@@ -281,6 +281,8 @@ def curl_ftp(world: World, run: Run) -> Any:
         seen.append(two.size("both"))
     if shutil.which("curl"):
         seen.append(output_of(world, ["curl", "-sS", f"ftp://user:secret@{ADDRESS}:{run.port}/both"]))
+    # The server's last words on each session come after the client has its answer.
+    wait_for(lambda: run.output().count("session closed") == run.output().count("session opened"), "ends", LIMIT_S)
     return seen
 
 

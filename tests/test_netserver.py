@@ -365,19 +365,19 @@ class TestDeath:
         assert read_line(program) == "up"
         peer.recv(1000)
         assert len(bed.live()) == 5
+        time.sleep(0.3)  # the window is closed by now: much is left to send
         start = time.monotonic()
         program.kill()
         with pytest.raises(ConnectionResetError):
             while peer.recv(1 << 20):
                 pass
-        with pytest.raises(ConnectionResetError):
-            other.recv(1)
+        assert other.recv(1) == b""  # nothing was lost there: an end in order, as the kernel has it
         assert time.monotonic() - start < 1
         program.wait()
         peer.close()
         other.close()
         bed.expect_empty()
-        assert bed.tables()["applications"] == 0 and bed.tables()["quarantined"] >= 2
+        assert bed.tables()["applications"] == 0 and bed.tables()["quarantined"] >= 1
         wait_for(lambda: bed.server_fds() <= before, "descriptors back")
 
     def test_the_server_stands_still_and_data_flows_on(self, bed: Bed, listener: ksocket.socket) -> None:

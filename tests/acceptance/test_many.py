@@ -232,10 +232,7 @@ def test_applications_come_and_go(hosts: Hosts) -> None:
             else:
                 assert app.end() == 0
             peer.settimeout(10)
-            try:
-                assert peer.recv(1) == b"" and not number % 2
-            except ConnectionResetError:
-                assert number % 2
+            assert peer.recv(1) == b""  # nothing was under way: a death is as orderly as a leave
             peer.close()
             hosts.expect_nothing(applications=1)
             files.append(open_files(hosts.server.pid))

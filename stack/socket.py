@@ -163,6 +163,8 @@ class socket(Files, Socket):
 
     def _revive(self, fileno: int) -> None:
         """A socket around a descriptor: one that this process has a socket for already, or one passed to it."""
+        if fileno < 0:
+            raise ValueError("negative file descriptor")
         keeper = _detached.pop(fileno, None)
         session = keeper.session if keeper is not None else find(fileno)
         if session is None:
@@ -221,7 +223,8 @@ class socket(Files, Socket):
         self._adopt(session, True)
         if session.live:
             options.apply(session)
-        self._share_as_wished(session)
+        if self._file.inheritable:
+            self._publish(session)
 
     def listen(self, backlog: int = min(_std.SOMAXCONN, 128), /) -> None:
         """Accept connections, at most ``backlog`` of them waiting. An unbound socket gets a port first."""
@@ -298,7 +301,8 @@ class socket(Files, Socket):
             raise
         self._adopt(session, True)
         self._file.options.apply(session)
-        self._share_as_wished(session)
+        if self._file.inheritable:
+            self._publish(session)
 
     def _already(self, session: Session) -> bool:
         """connect() again: True when what was started before has succeeded (connect(2): 0, EALREADY, EISCONN)."""
@@ -403,7 +407,8 @@ class socket(Files, Socket):
 
     def get_inheritable(self) -> bool:
         """Does a program run by exec get the descriptor?"""
-        return self._need().session_id != 0 and os.get_inheritable(self.fileno())
+        self._need()
+        return os.get_inheritable(self.fileno())
 
     def set_inheritable(self, inheritable: bool, /) -> None:
         """True: programs run by exec get the descriptor, and ``socket(fileno=...)`` there takes it over.
@@ -412,14 +417,14 @@ class socket(Files, Socket):
         """
         session = self._need()
         self._file.inheritable = bool(inheritable)
-        self._share_as_wished(session)
+        if inheritable or session.shared:
+            self._publish(session)
+        os.set_inheritable(self.fileno(), self._file.inheritable)
 
-    def _share_as_wished(self, session: Session) -> None:
-        # A socket without a name waits for it.
-        wished = self._file.inheritable
-        if session.session_id and (wished or session.shared) and wished != os.get_inheritable(self.fileno()):
-            self._file.host.publish(session, wished)
-            os.set_inheritable(self.fileno(), wished)
+    def _publish(self, session: Session) -> None:
+        # Without a name there is nothing to place in the server yet.
+        if session.session_id:
+            self._file.host.publish(session, self._file.inheritable)
 
     def detach(self) -> int:
         """Leave the connection to its descriptor, which carries the data from now on: os.read and os.write do, too.

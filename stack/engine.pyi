@@ -87,10 +87,9 @@ class Engine:
         """The user is done: TCP goes on to its end inside the engine (FIN, TIME-WAIT) without the handle."""
     def abort_flow(self, laddr: str, lport: int, raddr: str, rport: int, snd_nxt: int, rcv_nxt: int) -> None:
         """Send an RST for a session this engine does not hold (its application died)."""
-    def export_session(self, session: Session, *, finish: bool = False) -> bytes:
+    def export_session(self, session: Session) -> bytes:
         """Hand-over: the whole state as bytes; the session is not live afterwards. Its flow is remembered as foreign:
-        frames for it go to on_strays (library: for 2 s; server: until forget_flow()). ``finish``: the FIN goes out
-        first, unless data is unread (then its taker resets the peer, as BSD does)."""
+        frames for it go to on_strays (library: for 2 s; server: until forget_flow())."""
     def forget_flow(self, proto: int, laddr: str, lport: int, raddr: str | None, rport: int) -> None: ...
     def import_session(
         self,

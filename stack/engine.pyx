@@ -35,7 +35,7 @@ from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
 from ulnet.stack.session cimport Session, fail, session_wrap
 from ulnet.stack.session_shared cimport shared_wake
 from ulnet.stack.statpage cimport StatPage, stat_record, stat_take
-from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_abort, tcp_isn, tcp_open, tcp_out, tcp_shutdown, tcp_state
+from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_abort, tcp_isn, tcp_open, tcp_out, tcp_state
 from ulnet.stack.tcp_timer cimport tcp_done
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_new
@@ -464,7 +464,7 @@ cdef class Engine:
 
     # ------------------------------------------------------------ hand-over
 
-    def export_session(self, Session session not None, *, bint finish=False):
+    def export_session(self, Session session not None):
         """The whole state of a session as bytes; it lives elsewhere from now on (its handle says EBADF)."""
         cdef engine *e = self.e
         cdef ul_session *s = session.s
@@ -473,12 +473,6 @@ cdef class Engine:
         cdef int rc
         with nogil:
             engine_lock(e)
-            if finish and s.role == ROLE_TCP and not s.tcp.rcv.len_bytes:
-                # The FIN at once: should this process die before the state arrives, the peer has its end of file.
-                engine_tick(e)
-                tcp_shutdown(&e.env, s.tcp, 1)
-                session_touch(e, s)
-                engine_settle(e)
             rc = handover_export(e, s, &out, &n)
             if rc == 0:
                 polls_closed(e, s)

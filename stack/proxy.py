@@ -274,7 +274,7 @@ class Proxy(Sharing):
 
     def _return(self, session: Session, number: int) -> None:
         try:
-            state = self.engine.export_session(session, finish=self._forked)
+            state = self.engine.export_session(session)
         except OSError as error:
             self.counters["export_failed"] += 1
             log.warning("session %d could not be handed back, its peer is reset: %s", number, error)

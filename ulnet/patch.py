@@ -138,8 +138,8 @@ def _close(fd: int, /) -> None:
 
 
 def _fork_exec(arguments: Any, programs: Any, close_fds: Any, pass_fds: Any, *more: Any) -> Any:
-    """Before subprocess forks: a connection given as a standard stream or by ``pass_fds`` is placed in the server, whose
-    descriptor carries the data itself, as an inetd expects."""
+    """Before subprocess forks: a connection given as a standard stream or by ``pass_fds`` is placed in the server, so
+    that its descriptor carries the data itself, as an inetd expects."""
     # cwd, env, then the pipes: p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
     for fd in {*pass_fds, more[2], more[5], more[7]}:
         session = openfile.find(fd) if fd >= 0 else None

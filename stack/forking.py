@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 _hosts: weakref.WeakSet[Host] = weakref.WeakSet()
 _forking: list[Host] = []
 
+is_child = False  # this process was forked
+
 
 def watch(host: Host) -> None:
     """From now on the host is told of forks."""
@@ -31,6 +33,8 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
+    global is_child
+    is_child = True
     for host in _forking:
         host.after_fork_in_child()
     _forking.clear()

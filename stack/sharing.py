@@ -18,9 +18,9 @@ import os
 import select
 from abc import abstractmethod
 from collections import Counter
-from multiprocessing import util
+from multiprocessing import process, util
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakMethod, WeakValueDictionary
 
 from ulnet.stack import forking
 from ulnet.stack import protocol as p
@@ -55,12 +55,24 @@ class Sharing(Attachment):
         self._heir = 0
         self._lifeline = -1
         self._before: tuple[int, int] = (0, -1)
-        self._forked = False  # children end by os._exit(), mostly
+        # Children end by os._exit(), mostly, also those that were forked before they attached.
+        self._forked = forking.is_child or process.parent_process() is not None
         self._inherited: list[Any] = []  # a parent's tasks: nothing of theirs may be ended here
         self._attach()
         forking.watch(self)
         # Workers of multiprocessing end by os._exit(), after finalizers of their own kind.
-        util.register_after_fork(self, lambda me: util.Finalize(None, me._at_exit, exitpriority=-100))
+        util.register_after_fork(self, Sharing._end_with_worker)
+        self._end_with_worker()
+
+    def _end_with_worker(self) -> None:
+        reference = WeakMethod(self._at_exit)
+
+        def end() -> None:
+            at_exit = reference()
+            if at_exit is not None:
+                at_exit()
+
+        util.Finalize(None, end, exitpriority=-100)
 
     def _prepare_engine(self, engine: Engine) -> None:
         engine.on_shared = self._on_shared

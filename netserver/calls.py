@@ -72,6 +72,9 @@ class Calls:
             p.Call.PUBLISH: self._publish,
             p.Call.STATUS: lambda app, record, message: self._reply(message, self.table.status(app, record.session)),
             p.Call.OPTION: self._option,
+            p.Call.LEASE: self._lease,
+            p.Call.DECLARE: self._declare,
+            p.Call.EMBRYO: lambda app, record, message: self.table.embryo(app, record, _state(message)),
         }
 
     def start(self, counters: Callable[[], dict[str, Any]]) -> None:
@@ -218,7 +221,7 @@ class Calls:
         log.info("%s attached: uid %d, channel %d", app, sender.uid, attached.channel)
 
     def _detach(self, app: Application, request: p.Nothing, message: Message) -> None:
-        self._end(app)
+        self._end(app, left=True)
         self._reply(message, p.Status(0))
         log.info("%s left", app)
 
@@ -232,9 +235,9 @@ class Calls:
         self.counters["deaths"] += 1
         log.info("%s died with %d sessions", app, held)
 
-    def _end(self, app: Application, *, reset: bool = False) -> None:
+    def _end(self, app: Application, *, reset: bool = False, left: bool = False) -> None:
         self.applications.pop(app.sender.task, None)
-        self.table.application_ended(app, reset=reset)
+        self.table.application_ended(app, reset=reset, left=left)
         with suppress(MachError):
             self.task.deallocate(app.port)
         try:
@@ -283,10 +286,18 @@ class Calls:
             self._reply(message, p.Status(0))
 
     def _stray(self, app: Application, request: p.Nothing, message: Message) -> None:
-        self.table.strays(app, (bytes(frame) for frame in message.ool))
+        self.table.strays(app, [bytes(frame) for frame in message.ool])
 
     def _resolve(self, app: Application, request: p.Resolve, message: Message) -> None:
         self.resolver.ask(app, request.address, lambda error: self._reply(message, p.Status(error)))
+
+    def _lease(self, app: Application, request: p.Lease, message: Message) -> None:
+        self._reply(message, p.Status(0), ool=[p.pack_ports(self.table.lease(app, request))])
+
+    def _declare(self, app: Application, request: p.Nothing, message: Message) -> None:
+        if len(message.ool) != 1:
+            raise p.ProtocolError("connections are declared by one list")
+        self.table.declare(app, p.unpack_connections(message.ool[0]))
 
     # -- shared sessions -----------------------------------------------------------------------
 
@@ -332,9 +343,9 @@ class Calls:
 
     # -- what the table says by itself ---------------------------------------------------------
 
-    def deliver(self, app: Application, listener: SessionRecord, record: SessionRecord, state: bytes) -> bool:
-        """An accepted session to its application."""
-        return self._upcall(app, p.Upcall.DELIVER, p.Deliver(listener.number, record.number), [state])
+    def deliver(self, app: Application, listener: SessionRecord, number: int, state: bytes) -> bool:
+        """An accepted session to its application; 0: its handshake is under way, and the application numbers it."""
+        return self._upcall(app, p.Upcall.DELIVER, p.Deliver(listener.number, number), [state])
 
     def forward(self, app: Application, frames: list[bytes]) -> None:
         """Strays to their application."""

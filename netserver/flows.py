@@ -14,6 +14,12 @@ def wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:
     return protocol, IPv4Address(laddr), lport, IPv4Address(raddr) if raddr else None, rport
 
 
+def is_request(stray: bytes) -> bool:
+    """Is this TCP stray, of which ``flow_of_stray`` knows a flow, a SYN without an ACK?"""
+    flags = p.STRAY_HEAD + 14 + (stray[p.STRAY_HEAD + 14] & 15) * 4 + 13
+    return len(stray) > flags and stray[flags] & 0x12 == 0x02
+
+
 def flow_of_stray(stray: bytes) -> Flow | None:
     """The flow of a stray, as its receiver sees it; None unless it is TCP or UDP over IPv4 over Ethernet."""
     frame = stray[p.STRAY_HEAD : p.STRAY_HEAD + 14 + 60 + 4]

@@ -57,6 +57,7 @@ class Application:
     stats: StatPage
     sessions: dict[int, SessionRecord] = dataclasses.field(default_factory=dict)
     guarded: Counter[tuple[int, str, int]] = dataclasses.field(default_factory=Counter)
+    leases: dict[int, Name] = dataclasses.field(default_factory=dict)  # by port
     numbers: int = 0  # sessions delivered so far
     resolving: int = 0
     violations: int = 0
@@ -117,7 +118,8 @@ class SessionRecord:
     listener: SessionRecord | None = None  # announced by this shared listener, not claimed yet
     # Connecting: called once with an errno or with the state.
     done: Callable[[SessionRecord, int, bytes], None] | None = None
-    # Listening: sessions that may be pushed now, and at most.
+    # Listening: the application answers by itself; else sessions that may be pushed now, and at most.
+    local: bool = False
     credit: int = 0
     backlog: int = 0
     # Handed over: where the stream stood then, for a reset before the library wrote its first status record.

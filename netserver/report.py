@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ulnet.netserver.leases import LeaseTable
 from ulnet.netserver.records import PROTOCOL_NAMES, TCP, UDP, Application, Place, SessionRecord
-from ulnet.netserver.sessions import SessionTable
+from ulnet.stack.statpage import StatRecord
 
 # RFC 9293 (3.3.2), in the order of tcp_stat.state
 STATES = (
@@ -25,7 +26,7 @@ STATES = (
 _FIGURES = ("bytes_in", "bytes_out", "retransmits", "srtt_ns")
 
 
-def sessions(table: SessionTable, applications: Iterable[Application]) -> list[dict[str, Any]]:
+def sessions(table: LeaseTable, applications: Iterable[Application]) -> list[dict[str, Any]]:
     """One dictionary a session: proto, local, remote, state, owner (pid and name; None: the server), place, figures."""
     rows: dict[int, dict[str, Any]] = {number: _row(record) for number, record in table.records.items()}
     for app in applications:
@@ -34,6 +35,8 @@ def sessions(table: SessionTable, applications: Iterable[Application]) -> list[d
             if record is not None and record.place is Place.APPLICATION:
                 state = STATES[last.state] if last.state < len(STATES) else "?"
                 _fill(rows[record.number], last._asdict() | {"state": state}, record.protocol)
+        for last in table.undeclared(app):
+            rows[last.session_id] = _undeclared(app, last)
     others = []
     for figures in table.engine.sessions():
         row = rows.get(figures["session_id"])
@@ -72,6 +75,23 @@ def _owner(record: SessionRecord) -> dict[str, Any] | None:
     if share is None or (share.relay is None and not share.holders):
         return None
     return {"pid": min((holder.pid for holder in share.holders), default=0), "name": f"shared: {len(share.holders)}"}
+
+
+def _undeclared(app: Application, last: StatRecord) -> dict[str, Any]:
+    """A connection that the application has set up by itself."""
+    row = {
+        "id": last.session_id,
+        "proto": PROTOCOL_NAMES[TCP],
+        "local": f"{last.laddr}:{last.lport}",
+        "remote": f"{last.raddr}:{last.rport}",
+        "state": "?",
+        "owner": {"pid": app.pid, "name": app.name},
+        "place": Place.APPLICATION.value,
+        **dict.fromkeys(_FIGURES, 0),
+    }
+    state = STATES[last.state] if last.state < len(STATES) else "?"
+    _fill(row, last._asdict() | {"state": state}, TCP)
+    return row
 
 
 def _unrecorded(figures: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import ipaddress
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ulnet.kernelshim.demux import Demux
@@ -42,7 +42,7 @@ _UNACKNOWLEDGED: Final = frozenset(("FIN-WAIT-1", "CLOSING", "LAST-ACK"))
 class SessionTable:
     """Every session of the served address that a record exists for.
 
-    ``deliver(application, listener, session, state)`` is called with accepted sessions and returns False when the
+    ``deliver(application, listener, number, state)`` is called with accepted sessions and returns False when the
     application cannot be reached; ``forward(application, frames)`` with strays for it.
     """
 
@@ -52,7 +52,7 @@ class SessionTable:
         engine: Engine,
         demux: Demux,
         guard: Guard,
-        deliver: Callable[[Application, SessionRecord, SessionRecord, bytes], bool],
+        deliver: Callable[[Application, SessionRecord, int, bytes], bool],
         forward: Callable[[Application, list[bytes]], None],
     ) -> None:
         self.address = address
@@ -190,7 +190,7 @@ class SessionTable:
             raise Refusal(errno.EINVAL, f"{record} is shared: release it", violation=True)
         self._end(record, reset=request.reset)
 
-    def strays(self, app: Application, frames: Iterable[bytes]) -> None:
+    def strays(self, app: Application, frames: Sequence[bytes]) -> None:
         """Frames that reached the application after it gave their session back."""
         for frame in frames:
             flow = flow_of_stray(frame)
@@ -207,14 +207,10 @@ class SessionTable:
                 self.counters["strays_out"] += 1
                 self._forward(record.owner, [frame])
 
-    def application_ended(self, app: Application, *, reset: bool = False) -> None:
-        """Its death, or its leave. A connection of which nothing is lost ends in order, as the kernel has it; the peers
-        of others are reset and the reuse of those endpoints delayed. ``reset``: the peers of all."""
-        try:
-            last = {row.session_id: row for row in app.stats.records()}
-        except ValueError as error:  # what stands there is the application's; without it the hand-over's numbers serve
-            log.warning("status page of %s: %s", app, error)
-            last = {}
+    def application_ended(self, app: Application, *, reset: bool = False, left: bool = False) -> None:
+        """Its death, or its leave (``left``). A connection of which nothing is lost ends in order, as the kernel has it;
+        the peers of others are reset and the reuse of those endpoints delayed. ``reset``: the peers of all."""
+        last = self._last_records(app)
         for record in list(app.sessions.values()):
             # UDP has no connection that old packets could disturb: a server that crashed may bind again at once.
             quarantine_ns = QUARANTINE_NS if record.protocol == TCP else 0
@@ -223,6 +219,13 @@ class SessionTable:
             if not reset and self._finish(record, last.get(record.number)):
                 continue
             self._end(record, reset=True, quarantine_ns=quarantine_ns, last=last.get(record.number))
+
+    def _last_records(self, app: Application) -> dict[int, StatRecord]:
+        try:
+            return {row.session_id: row for row in app.stats.records()}
+        except ValueError as error:  # what stands there is the application's; without it the hand-over's numbers serve
+            log.warning("status page of %s: %s", app, error)
+            return {}
 
     def _finish(self, record: SessionRecord, last: StatRecord | None) -> bool:
         """FIN for a connection whose application is dead, by the numbers of its last status record. False: not so,
@@ -341,7 +344,7 @@ class SessionTable:
             self._end(record, reset=True)
             return
         listener.credit -= 1
-        if self._deliver(app, listener, record, state):
+        if self._deliver(app, listener, record.number, state):
             self.counters["delivered"] += 1
         else:
             self._end(record, reset=True)
@@ -419,7 +422,7 @@ class SessionTable:
             self._end(record, reset=True)
             raise Refusal(errno.EINVAL, f"the state of {record} is not valid: {error}", violation=True) from None
         if record.protocol == TCP:
-            self._turn_back(record)
+            self._leave_application(app, record)
         elif record.flow is not None:
             # It stays in the map: another holder of the port may take datagrams from everybody.
             self.demux.move_flow(*wire(record.flow), 0)
@@ -429,6 +432,10 @@ class SessionTable:
         record.former = {serial: until for serial, until in record.former.items() if until > now}
         record.former[app.serial] = now + FORMER_NS
         return session
+
+    def _leave_application(self, app: Application, record: SessionRecord) -> None:
+        """The packets of a TCP connection come here from now on."""
+        self._turn_back(record)
 
     def _replay_early(self, record: SessionRecord) -> None:
         early, record.early = record.early, []
@@ -519,7 +526,9 @@ class SessionTable:
         if not record.guarded or app is None:
             return
         record.guarded = False
-        endpoint = (record.protocol, record.laddr, record.lport)
+        self._release_guard(app, (record.protocol, record.laddr, record.lport))
+
+    def _release_guard(self, app: Application, endpoint: tuple[int, str, int]) -> None:
         app.guarded[endpoint] -= 1
         if app.guarded[endpoint] <= 0:
             del app.guarded[endpoint]
@@ -537,7 +546,10 @@ class SessionTable:
             if record.engine_session is not None and record.engine_session.live:
                 self.engine.close_session(record.engine_session, linger_abort=True)
         elif held:
-            self._turn_back(record)  # what the peer says from now on meets the server's RST
+            if reset and record.owner is not None:
+                self._leave_application(record.owner, record)  # what the peer says from now on meets the server's RST
+            else:
+                self._turn_back(record)
             self._forget_foreign(record)
             if reset:
                 self._reset(record, last)

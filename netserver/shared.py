@@ -22,8 +22,9 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ulnet.netserver.heirs import Heirs
+from ulnet.netserver.leases import LeaseTable
 from ulnet.netserver.records import TCP, Application, Heir, Holder, Place, Refusal, SessionRecord, Share
-from ulnet.netserver.sessions import SESSIONS_PER_APPLICATION, SessionTable
+from ulnet.netserver.sessions import SESSIONS_PER_APPLICATION
 from ulnet.stack import protocol as p
 from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_RELAY
 from ulnet.stack.ports import WILDCARDS
@@ -39,7 +40,7 @@ CLAIM_NS: Final = 5_000_000_000  # who has read an announcement claims it at onc
 CHECK_NS: Final = 1_000_000_000
 
 
-class SharedTable(SessionTable):
+class SharedTable(LeaseTable):
     """A SessionTable with shared sessions."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -97,7 +98,10 @@ class SharedTable(SessionTable):
             _bound(record.engine_session)
         elif record.place is Place.NAMED:
             record.engine_session = self._shell(record)
-        elif record.place is not Place.LISTENING:
+        elif record.place is Place.LISTENING:
+            if record.local:
+                self.take_listener(app, record)
+        else:
             raise Refusal(errno.EINVAL, f"a session that is {record.place.value} cannot be shared", violation=True)
         self._unguard(record)
         record.owner = None
@@ -144,6 +148,8 @@ class SharedTable(SessionTable):
             raise Refusal(errno.ENOTCONN, "it has ended")
         self._count(share)
         fd = share.relay.detach()
+        waiting: list[SessionRecord] = []
+        embryos: list[bytes] = []
         try:
             share.relay = None
             self._forget_share(record)
@@ -159,7 +165,7 @@ class SharedTable(SessionTable):
                 reply(state, fd)
             else:
                 if share.what is Place.LISTENING:
-                    self._guard(record)
+                    waiting, embryos = self.give_listener(app, record)
                 else:
                     record.engine_session = None
                 reply(None, fd)
@@ -167,13 +173,13 @@ class SharedTable(SessionTable):
             os.close(fd)  # the reply has a copy
         self.counters["promoted"] += 1
         if share.what is Place.LISTENING:
-            record.credit = record.backlog
-            for connection in [*(row[0] for row in share.announced.values()), *share.waiting]:
+            for connection in [*(row[0] for row in share.announced.values()), *share.waiting, *waiting]:
                 connection.listener = None
                 connection.owner = app
                 app.sessions[connection.number] = connection
                 self._push(app, record, connection)
-            self._pump(record)
+            for embryo in embryos:
+                self._deliver(app, record, 0, embryo)
 
     def _forget_share(self, record: SessionRecord) -> None:
         share, record.share = record.share, None
@@ -444,9 +450,9 @@ class SharedTable(SessionTable):
         elif not share.holders and record.place is Place.SHARED:
             self._drop(record)
 
-    def application_ended(self, app: Application, *, reset: bool = False) -> None:
+    def application_ended(self, app: Application, *, reset: bool = False, left: bool = False) -> None:
         """The kernel has closed, or will close, its copies of the descriptors; the others go on."""
-        super().application_ended(app, reset=reset)
+        super().application_ended(app, reset=reset, left=left)
         for number in list(app.sessions):
             self.release(app, number)
 

@@ -1,6 +1,6 @@
 """The library's attachment to a network server: its task, its packet ring, its pages, and how messages are exchanged.
 
-``Attachment`` is the ground that ``sharing.Sharing`` and ``proxy.Proxy`` stand on. Call order: ``_attach()`` once, and
+``Attachment`` is the ground that ``leasing.Leasing``, ``sharing.Sharing`` and ``proxy.Proxy`` stand on. Call order: ``_attach()`` once, and
 again in a forked child; then ``_rpc`` + ``_answer`` for calls with a reply, ``_post`` for those without. Threads: calls
 go out from whichever thread makes them; one receiver thread takes what the server says by itself (``_upcall``).
 """
@@ -79,7 +79,6 @@ class Attachment(Host):
             raise OSError(errno.EPROTO, f"the network server at {self.path} sent {len(fds)} descriptors instead of 3")
         channel_fd, meta_fd, stat_fd = fds
         self._serial = attached.serial
-        self._next = 1
         self.address = attached.address
         self.prefix = attached.prefix
         self.link = PacketLink(
@@ -100,6 +99,8 @@ class Attachment(Host):
         self.engine = Engine(self.link, meta, library=True, stats=stats, spin_ns=self._spin_ns)
         self.engine.resolver = self._resolve
         self.engine.on_strays = self._forward_strays
+        self.engine.set_serial(attached.serial)
+        self.engine.collect_ends()
         self._prepare_engine(self.engine)
         self._task.on_server_death(_weakly(self._server_died))
         self._task.start_receiver(_weakly(self._upcall), names=[self._port])

@@ -22,6 +22,7 @@ cdef class Engine:
     cdef readonly StatPage stats
     cdef public object resolver          # callable(next hop), or None
     cdef public object on_strays         # callable(list of frames), or None
+    cdef public object on_ends           # callable(), or None
     cdef public object on_shared         # callables about sessions placed in the server, or None (engine.pyi)
     cdef public object on_shared_end
     cdef public object on_shared_error

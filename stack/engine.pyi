@@ -1,6 +1,6 @@
 """The engine: one link, its sessions, their timers. Times in nanoseconds, sizes in bytes, ports in host order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from ulnet.kernelshim.link import Link
@@ -80,11 +80,29 @@ class Engine:
         """Let go of sent objects that were held; every call does it, so only who makes none needs this."""
     def announce(self) -> None:
         """Gratuitous ARP (RFC 5227 2.3). Not for libraries."""
+    def set_serial(self, serial: int) -> None:
+        """Library: its sessions are numbered ``serial << 32 | n`` from here on, those it accepts included."""
+    def number(self) -> int:
+        """Library: for a session that is set up here."""
+    def lease(self, ports: Iterable[int]) -> None:
+        """Library: these local TCP ports are its own. What comes for no session there is refused, not kept."""
+    def export_embryos(self, listener: Session) -> list[bytes]:
+        """The states of its sessions whose handshake is under way, for deliver() elsewhere. Library: connection requests
+        are strays from here on; listening again takes that back."""
+    def closing_sessions(self) -> list[Session]:
+        """TCP sessions that were closed and have not come to their end."""
+    def knows_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> bool: ...
+    def collect_ends(self) -> None:
+        """Collect EV_GONE alone."""
+    # Library: on_ends is called from the helper thread or poll() when there are EV_GONE, while tell_ends is set.
+    tell_ends: bool
+    on_ends: Callable[[], None] | None
     def set_backlog(self, session: Session, backlog: int) -> None: ...
     def accept(self, session: Session) -> Session | None:
         """An established session of the listener's queue, or None. wait(READABLE) first."""
-    def close_session(self, session: Session, *, linger_abort: bool = False) -> None:
-        """The user is done: TCP goes on to its end inside the engine (FIN, TIME-WAIT) without the handle."""
+    def close_session(self, session: Session, *, linger_abort: bool = False) -> int:
+        """The user is done: TCP goes on to its end inside the engine (FIN, TIME-WAIT) without the handle. The bytes that
+        could not be sent yet."""
     def abort_flow(self, laddr: str, lport: int, raddr: str, rport: int, snd_nxt: int, rcv_nxt: int) -> None:
         """Send an RST for a session this engine does not hold (its application died)."""
     def export_session(self, session: Session) -> bytes:
@@ -106,7 +124,7 @@ class Engine:
 
         True: the last bytes sent were not acknowledged yet. ValueError: data was lost, or the record is rubbish."""
     def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
-        """Import an accepted session into a listener's queue (library; the server did the handshake)."""
+        """Import an accepted session into a listener's queue; one in SYN-RECEIVED comes there when it is established."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
         """Library: a listener whose connections arrive by deliver()."""
     def fail(self, session: Session, error: int) -> None:

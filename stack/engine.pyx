@@ -15,17 +15,19 @@ from ulnet.kernelshim.link cimport UL_SLOT_NONE, Link, ul_rx
 from ulnet.stack.address cimport addr_from_text, addr_to_text
 from ulnet.stack.buf cimport chunks_free, txchunk
 from ulnet.stack.engine_core cimport (
-    ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, EVENT_RELAY, PHASE_CONNECTING,
-    PHASE_OPEN, ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP,
-    USER_STAYED, engine, engine_deadline, engine_free, engine_new, engine_poll, engine_settle, engine_tick, event_rec,
-    frame_rec, session_close, session_end, session_fd_free, session_insert,
-    session_new, session_ref, session_remove, session_tcp_start, session_touch, session_unref, ul_session,
+    ATTN_ENDS, ATTN_RESOLVE, ATTN_STRAYS, EVENT_ACCEPTED, EVENT_CONNECTED, EVENT_FAILED, EVENT_GONE, EVENT_RELAY, EVENTS_ALL,
+    EVENTS_ENDS, EVENTS_NONE, PHASE_CONNECTING, PHASE_OPEN, ROLE_ENDED, ROLE_FOREIGN, ROLE_LISTEN, ROLE_SHARED,
+    ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP, USER_STAYED, engine, engine_deadline, engine_free, engine_new,
+    engine_poll, engine_settle, engine_tick, event_rec, frame_rec, session_close, session_end, session_fd_free,
+    session_find, session_insert, session_new, session_ref, session_remove, session_tcp_start, session_touch,
+    session_unref, ul_session,
 )
 from ulnet.stack.engine_fork cimport fork_child, fork_parent, fork_prepare, session_rebind
 from ulnet.stack.engine_handover cimport (
     foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import, handover_revive,
 )
 from ulnet.stack.engine_input cimport engine_frame, orphans_replay
+from ulnet.stack.engine_local cimport local_closing, local_embryos, local_lease, local_number
 from ulnet.stack.engine_output cimport emit_refusal
 from ulnet.stack.engine_polls cimport polls_closed
 from ulnet.stack.engine_report cimport report_counters, report_sessions
@@ -35,7 +37,7 @@ from ulnet.stack.neighbour cimport neigh_announce, neigh_ask
 from ulnet.stack.session cimport Session, fail, session_wrap
 from ulnet.stack.session_shared cimport shared_wake
 from ulnet.stack.statpage cimport StatPage, stat_record, stat_take
-from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_abort, tcp_isn, tcp_open, tcp_out, tcp_state
+from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_abort, tcp_isn, tcp_open, tcp_out, tcp_stat, tcp_stat_get, tcp_state
 from ulnet.stack.tcp_timer cimport tcp_done
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP, flow_key, ul_addr
 from ulnet.stack.udp cimport udp_new
@@ -84,6 +86,8 @@ cdef class Engine:
         self.e = engine_new(&link.ops, meta.page, library, p, spin_ns)
         if self.e == NULL:
             raise MemoryError("no memory for an engine")
+        if stats is not None and stats.writable:
+            self.e.stats = stats.page
 
     def __dealloc__(self):
         if self.e != NULL:
@@ -124,6 +128,8 @@ cdef class Engine:
                     self.on_strays(frames)
             if todo & ATTN_RESOLVE:
                 self.resolve_pending()
+            if todo & ATTN_ENDS and self.on_ends is not None:
+                self.on_ends()
         except OSError:
             pass                           # the server is away: the sender's own timers decide
 
@@ -320,10 +326,10 @@ cdef class Engine:
 
     cdef void take_stat(self, Session session) noexcept:
         cdef ul_session *s = session.s
-        if self.stats is None or s.id == 0:
+        if self.e.stats == NULL or s.id == 0:
             return
         if s.stat == NULL:
-            s.stat = stat_take(self.stats, s.id, &s.flow)
+            s.stat = stat_take(self.e.stats, s.id, &s.flow)
         else:
             s.stat.flow = s.flow
 
@@ -343,6 +349,8 @@ cdef class Engine:
                 s.flow = flow
                 s.cfg.ts_offset = tcp_isn(e.secret, &flow, sizeof(flow), 0)
                 rc = session_tcp_start(e, s)
+                if rc == 0 and s.id and e.stats != NULL:
+                    s.stat = stat_take(e.stats, s.id, &s.flow)
                 if rc == 0:
                     s.phase = PHASE_CONNECTING
                     tcp_open(&e.env, s.tcp, tcp_isn(e.secret, &flow, sizeof(flow), e.now_ns))
@@ -374,10 +382,14 @@ cdef class Engine:
                 rc = session_insert(e, s)
                 if rc == 0:
                     s.role = ROLE_LISTEN
-                    session_touch(e, s)
-                    engine_settle(e)
             elif s.role != ROLE_LISTEN:
                 rc = -EINVAL
+            if rc == 0:
+                s.shut_wr = 0              # it stays here, after all
+                orphans_replay(e, &flow)
+                session_touch(e, s)
+                engine_settle(e)
+                engine_left(e)
             engine_unlock(e)
         if rc < 0:
             fail(rc)
@@ -420,10 +432,41 @@ cdef class Engine:
             fail(rc)
         return None if s == NULL else session_wrap(self, e, s)
 
+    # What a library needs to set connections up by itself: engine_local.
+
+    def export_embryos(self, Session listener not None):
+        return local_embryos(self.e, listener.s)
+
+    def closing_sessions(self):
+        return local_closing(self, self.e)
+
+    def set_serial(self, uint32_t serial):
+        self.e.serial = <uint64_t>serial << 32
+
+    def number(self):
+        return local_number(self.e)
+
+    def lease(self, ports):
+        local_lease(self.e, ports)
+
+    def knows_flow(self, int proto, str laddr, int lport, str raddr, int rport):
+        """Has it a session of this flow?"""
+        cdef engine *e = self.e
+        cdef flow_key flow
+        cdef ul_session *s
+        flow_fill(&flow, proto, laddr, lport, raddr, rport)
+        with nogil:
+            engine_lock(e)
+            s = session_find(e, &flow)
+            engine_unlock(e)
+        return s != NULL
+
     def close_session(self, Session session not None, *, bint linger_abort=False):
         """The user is done with it; TCP goes on to its end by itself. Called again it can only abort that."""
         cdef engine *e = self.e
         cdef ul_session *s = session.s
+        cdef tcp_stat t
+        t.unsent_bytes = 0
         with nogil:
             engine_lock(e)
             engine_tick(e)
@@ -435,10 +478,13 @@ cdef class Engine:
                 tcp_abort(&e.env, s.tcp)
                 session_touch(e, s)
                 engine_settle(e)
+            if s.role == ROLE_TCP:
+                tcp_stat_get(s.tcp, &t)
             engine_left(e)
             engine_unlock(e)
         if e.bufs.dead != NULL:
             self.reap()
+        return t.unsent_bytes
 
     def abort_flow(self, str laddr, int lport, str raddr, int rport, uint32_t snd_nxt, uint32_t rcv_nxt):
         """RST for a session that nobody holds any more (its application died)."""
@@ -704,11 +750,23 @@ cdef class Engine:
 
     @property
     def collect_events(self):
-        return bool(self.e.collect_events)
+        return self.e.collect_events == EVENTS_ALL
 
     @collect_events.setter
     def collect_events(self, bint on):
-        self.e.collect_events = on
+        self.e.collect_events = EVENTS_ALL if on else EVENTS_NONE
+
+    @property
+    def tell_ends(self):
+        return bool(self.e.tell_ends)
+
+    @tell_ends.setter
+    def tell_ends(self, bint on):
+        self.e.tell_ends = on
+
+    def collect_ends(self):
+        """Of the events EV_GONE alone, for one whose sessions are waited for elsewhere."""
+        self.e.collect_events = EVENTS_ENDS
 
     def events(self):
         """(EV_*, session or None, value) since the last call."""

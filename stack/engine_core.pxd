@@ -11,7 +11,7 @@ from ulnet.stack.ip_reass cimport ip_reass
 from ulnet.stack.metastate cimport meta_page
 from ulnet.stack.neighbour cimport neigh_env, neigh_table
 from ulnet.stack.readyfd cimport readyfd
-from ulnet.stack.statpage cimport stat_record
+from ulnet.stack.statpage cimport stat_page, stat_record
 from ulnet.stack.tcp cimport tcp_config, tcp_counters, tcp_env, tcp_pcb
 from ulnet.stack.types cimport flow_key, ul_addr
 from ulnet.stack.udp cimport udp_pcb
@@ -48,6 +48,11 @@ cdef enum:
     EVENT_RELAY = 5          # a relayed session has news (relay.pxd); value is the bits
     ATTN_STRAYS = 1          # frames wait for on_strays
     ATTN_RESOLVE = 2         # a next hop waits for the resolver
+    ATTN_ENDS = 4            # sessions have come to their end, and somebody else must know
+    EVENTS_NONE = 0          # engine.collect_events
+    EVENTS_ALL = 1
+    EVENTS_ENDS = 2          # EVENT_GONE alone
+    LEASE_BYTES = 8192       # a bit a port
     HELPER_NONE = 0          # what the helper thread does now
     HELPER_RUNS = 1
     HELPER_NAPS = 2          # timed: callers were active a moment ago
@@ -89,7 +94,7 @@ ctypedef struct ul_session:
     uint8_t tos
     uint8_t ttl
     uint8_t shut_rd          # UDP, SHARED; LISTEN: shutdown() ended the accepting
-    uint8_t shut_wr
+    uint8_t shut_wr          # UDP; LISTEN: it is about to move, a SYN is a stray
     uint8_t shared_as        # SHARED: the role it had, or has in the server
     uint8_t shared_shut_wr   # SHARED: the user's end is shut for writing
     int shared_wake          # SHARED: event descriptor of those who wait for it in poll(2); -1: none
@@ -217,7 +222,13 @@ ctypedef struct engine:
     uint8_t library
     uint8_t collect_events
     uint8_t stop
+    uint8_t tell_ends        # see ATTN_ENDS
+    uint8_t last_call        # an orphan's time is over: refuse it
     uint8_t broken           # forked child, or closed
+    stat_page *stats         # of a library, or NULL
+    uint8_t *leased          # library: local TCP ports that are its own, a bit each; NULL: none
+    uint64_t serial          # library: upper half of the numbers of its sessions
+    uint32_t next_number
     uint8_t secret[16]
     uint16_t ip_ident
     uint32_t attention
@@ -263,6 +274,8 @@ ctypedef struct engine:
 
 cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint8_t *secret, int64_t spin_ns) noexcept nogil
 cdef void engine_free(engine *e) noexcept nogil
+cdef uint64_t engine_number(engine *e) noexcept nogil                # for a session that is set up here; 0: the server's matter
+cdef bint engine_leases(const engine *e, uint16_t port) noexcept nogil
 cdef int64_t clock_now() noexcept nogil
 cdef int64_t time_of_day() noexcept nogil                            # CLOCK_REALTIME
 cdef void engine_tick(engine *e) noexcept nogil

@@ -22,7 +22,7 @@ from ulnet.stack.ip_reass cimport ip_reass_deadline, ip_reass_free, ip_reass_new
 from ulnet.stack.neighbour cimport neigh_deadline, neigh_free, neigh_new, neigh_timers
 from ulnet.stack.readyfd cimport readyfd_free, readyfd_show
 from ulnet.stack.session_shared cimport shared_ready, shared_wake
-from ulnet.stack.statpage cimport stat_give, stat_settle, stat_unsettle
+from ulnet.stack.statpage cimport stat_give, stat_settle, stat_take, stat_unsettle
 from ulnet.stack.stamps cimport STAMP_FRAME, STAMP_OUTPUT, stamp
 from ulnet.stack.tcp cimport (
     tcp_abort, tcp_close, tcp_deadline, tcp_free, tcp_new, tcp_output, tcp_ready, tcp_so_error, tcp_stat_get,
@@ -38,6 +38,7 @@ cdef enum:
     BURST_BYTES = 4 * 65160        # without offload its ACKs fill most of a ring
     LOOKS = 8
     DRAIN_FRAMES = 256             # more than a ring holds
+    NUMBER_MAX = 0x7FFFFFFF        # protocol.SERVER_NUMBER - 1
 
 
 cdef extern from *:
@@ -103,6 +104,17 @@ cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint
     return e
 
 
+cdef uint64_t engine_number(engine *e) noexcept nogil:
+    if e.serial == 0:
+        return 0
+    e.next_number = e.next_number % NUMBER_MAX + 1
+    return e.serial | e.next_number
+
+
+cdef bint engine_leases(const engine *e, uint16_t port) noexcept nogil:
+    return e.leased != NULL and (e.leased[port >> 3] >> (port & 7)) & 1
+
+
 cdef void frames_free(frame_rec *f) noexcept nogil:
     cdef frame_rec *nxt
     while f != NULL:
@@ -137,6 +149,7 @@ cdef void engine_free(engine *e) noexcept nogil:
         free(ev)
     frames_free(e.strays)
     frames_free(e.orphans)
+    free(e.leased)
     engine_wait_end(e)
     if e.neigh != NULL:
         neigh_free(e.neigh)
@@ -407,7 +420,7 @@ cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil:
 
 cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil:
     cdef event_rec *ev
-    if not e.collect_events:
+    if e.collect_events == EVENTS_NONE or (e.collect_events == EVENTS_ENDS and kind != EVENT_GONE):
         return
     ev = <event_rec *>malloc(sizeof(event_rec))
     if ev == NULL:
@@ -423,6 +436,8 @@ cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept 
     else:
         e.events_head = ev
     e.events_tail = ev
+    if e.tell_ends and kind == EVENT_GONE:
+        e.attention |= ATTN_ENDS
 
 
 # ---------------------------------------------------------------- timer heap (1-based, by deadline_ns)
@@ -512,6 +527,11 @@ cdef void accept_enqueue(engine *e, ul_session *s) noexcept nogil:
     listener.accept_tail = s
     listener.accept_count += 1
     session_ref(s)                         # the queue's
+    if s.id == 0 and e.serial:
+        # From here on a death of this process is heard of by the peer.
+        s.id = engine_number(e)
+        if e.stats != NULL:
+            s.stat = stat_take(e.stats, s.id, &s.flow)
     session_touch(e, listener)
     event_add(e, EVENT_ACCEPTED, listener, 0)
 

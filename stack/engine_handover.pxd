@@ -16,8 +16,10 @@ cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, u
 # not an honest library's; else as handover_import. *in_doubt: see tcp_revive.
 cdef int handover_revive(engine *e, ul_session *s, const flow_key *flow, const stat_record *last, uint64_t session_id,
                          bint *in_doubt) noexcept nogil
-# An imported session into a listener's queue.
+# An imported session into a listener's queue, or on its way there.
 cdef void handover_enqueue(engine *e, ul_session *listener, ul_session *s) noexcept nogil
+# One of a listener's sessions whose handshake is under way, with a reference: it is to be exported. NULL: none.
+cdef ul_session *handover_embryo(engine *e, ul_session *listener) noexcept nogil
 # Frames of this flow are strays here: for FOREIGN_NS in a library, for good in a server.
 cdef void foreign_add(engine *e, const flow_key *flow, uint64_t session_id) noexcept nogil
 cdef void foreign_forget(engine *e, const flow_key *flow) noexcept nogil

@@ -14,13 +14,14 @@ from libc.string cimport memcpy, memset
 
 from ulnet.stack.buf cimport rxq_append, rxqueue, rxseg
 from ulnet.stack.engine_core cimport (
-    PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine_tick,
+    PHASE_EMBRYONIC, PHASE_OPEN, PHASE_QUEUED, ROLE_FOREIGN, ROLE_SHARED, ROLE_SHELL, ROLE_TCP, ROLE_UDP, clock_now, engine_tick,
     foreign_arm, session_end, session_fd_free, session_find, session_insert, session_new, session_ref, session_touch,
     session_unref,
 )
 from ulnet.stack.engine_wait cimport waiters_wake
 from ulnet.stack.statpage cimport stat_record
-from ulnet.stack.tcp cimport tcp_export, tcp_export_bytes, tcp_import, tcp_revive
+from ulnet.stack.tcp cimport tcp_export, tcp_export_bytes, tcp_import, tcp_revive, tcp_state
+from ulnet.stack.tcp_cb cimport TCP_SYN_RECEIVED
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP
 from ulnet.stack.udp cimport udp_new, udp_pcb
 
@@ -78,6 +79,24 @@ cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noe
     foreign_add(e, &head.flow, s.id)
     session_unref(e, s)
     return 0
+
+
+cdef ul_session *handover_embryo(engine *e, ul_session *listener) noexcept nogil:
+    """One of the listener's sessions whose handshake is under way, with a reference; it leaves the listener."""
+    cdef ul_session *s
+    if not listener.embryonic:
+        return NULL
+    s = e.all
+    while s != NULL:
+        if s.listener == listener and s.phase == PHASE_EMBRYONIC:
+            session_ref(s)
+            s.listener = NULL
+            s.phase = PHASE_OPEN
+            listener.embryonic -= 1
+            session_unref(e, listener)
+            return s
+        s = s.all_next
+    return NULL
 
 
 cdef size_t datagrams_bytes(const udp_pcb *u) noexcept nogil:
@@ -217,9 +236,15 @@ cdef int handover_revive(engine *e, ul_session *s, const flow_key *flow, const s
 
 
 cdef void handover_enqueue(engine *e, ul_session *listener, ul_session *s) noexcept nogil:
-    s.phase = PHASE_QUEUED
+    """Into the listener's queue, or, with its handshake under way, among those that come there by themselves."""
     s.listener = listener
     session_ref(listener)
+    if tcp_state(s.tcp) == TCP_SYN_RECEIVED:
+        s.phase = PHASE_EMBRYONIC
+        listener.embryonic += 1
+        session_touch(e, s)
+        return
+    s.phase = PHASE_QUEUED
     session_ref(s)                         # the queue's
     if listener.accept_tail != NULL:
         listener.accept_tail.accept_next = s

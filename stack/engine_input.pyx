@@ -10,9 +10,9 @@ from libc.string cimport memcpy, memset
 
 from ulnet.kernelshim.link cimport UL_FRAME_CSUM_OK, UL_FRAME_CSUM_PARTIAL, UL_SLOT_NONE, ul_rx
 from ulnet.stack.engine_core cimport (
-    ATTN_STRAYS, EVENT_GONE, PHASE_EMBRYONIC, ROLE_FOREIGN, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, engine, event_add, frame_rec,
-    neighbours_changed, session_end, session_find, session_new, session_ref, session_tcp_start, session_touch,
-    session_unref, time_of_day, ul_session,
+    ATTN_STRAYS, EVENT_GONE, PHASE_EMBRYONIC, ROLE_FOREIGN, ROLE_LISTEN, ROLE_TCP, ROLE_UDP, engine, engine_leases,
+    event_add, frame_rec, neighbours_changed, session_end, session_find, session_new, session_ref, session_tcp_start,
+    session_touch, session_unref, time_of_day, ul_session,
 )
 from ulnet.stack.engine_output cimport emit_echo_reply, emit_icmp_unreachable, emit_refusal
 from ulnet.stack.ip_reass cimport ip_reass_input
@@ -121,7 +121,9 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
                 # RFC 9293 3.10.7.4 (TIME-WAIT), RFC 6191: a new connection may take over the old one's names.
                 event_add(e, EVENT_GONE, s, <int64_t>s.id)
                 session_end(e, s, 0)
-                listen_input(e, &seg, &flow, iss_least)
+                # Its listener may be an application's by now: then the peer's next SYN finds the way there.
+                if e.library or name_find(e, &flow) != NULL:
+                    listen_input(e, &seg, &flow, iss_least)
                 return False
             tcp_input(&e.env, s.tcp, &seg)
             session_touch(e, s)
@@ -130,25 +132,43 @@ cdef bint tcp_frame(engine *e, ul_rx *frame, const ipv4_pkt *ip, bint verify, bi
         if s.role == ROLE_FOREIGN:
             stray_add(e, frame)
             return False
-    if e.library:
-        orphan_add(e, frame, &flow)
-        return False
-    listen_input(e, &seg, &flow, 0)
+    if not e.library or answers(e, frame, &seg, &flow):
+        listen_input(e, &seg, &flow, 0)
     return False
 
 
-cdef void listen_input(engine *e, tcp_seg *seg, const flow_key *flow, uint32_t iss_least) noexcept nogil:
-    """RFC 9293 3.10.7.2: a segment for no connection: a listener's SYN, or refused."""
+cdef bint answers(engine *e, ul_rx *frame, const tcp_seg *seg, const flow_key *flow) noexcept nogil:
+    """A library got a segment for no session of its own: is the answer its own matter, now? Else the frame is kept."""
+    cdef ul_session *s = name_find(e, flow)
+    if s == NULL:
+        if engine_leases(e, flow.lport):
+            return True
+    elif s.role == ROLE_FOREIGN or (s.role == ROLE_LISTEN and s.shut_wr and seg.flags & TCP_SYN):
+        stray_add(e, frame)                # the listener has moved into the server, or does so now
+        return False
+    elif s.role == ROLE_LISTEN and (e.last_call or (seg.flags & TCP_SYN and not seg.flags & TCP_ACK)):
+        return True
+    # Perhaps of a connection that the server is about to deliver; refused when it never comes.
+    orphan_add(e, frame, flow)
+    return False
+
+
+cdef ul_session *name_find(engine *e, const flow_key *flow) noexcept nogil:
+    """Who has the flow's local endpoint: a listener, or the memory of one."""
     cdef flow_key name
-    cdef ul_session *listener
-    cdef ul_session *s
-    cdef tcp_out out
-    cdef uint32_t iss
     memset(&name, 0, sizeof(name))
     name.laddr = flow.laddr
     name.lport = flow.lport
     name.proto = UL_IPPROTO_TCP
-    listener = session_find(e, &name)
+    return session_find(e, &name)
+
+
+cdef void listen_input(engine *e, tcp_seg *seg, const flow_key *flow, uint32_t iss_least) noexcept nogil:
+    """RFC 9293 3.10.7.2: a segment for no connection: a listener's SYN, or refused."""
+    cdef ul_session *listener = name_find(e, flow)
+    cdef ul_session *s
+    cdef tcp_out out
+    cdef uint32_t iss
     if listener == NULL or listener.role != ROLE_LISTEN or seg.flags & (TCP_ACK | TCP_RST) or not seg.flags & TCP_SYN:
         if tcp_refuse(seg, &out):
             e.n.no_listener += 1
@@ -309,6 +329,8 @@ cdef void stray_add(engine *e, const ul_rx *frame) noexcept nogil:
 cdef void orphan_add(engine *e, const ul_rx *frame, const flow_key *flow) noexcept nogil:
     cdef frame_rec *f
     cdef frame_rec **at = &e.orphans
+    if e.last_call:
+        return
     if e.orphans_count >= ORPHANS_MAX or e.orphans_bytes + frame.len_bytes > ORPHANS_MAX_BYTES:
         e.n.orphans_dropped += 1
         return
@@ -337,7 +359,6 @@ cdef void orphans_replay(engine *e, const flow_key *flow) noexcept nogil:
     cdef frame_rec *f
     cdef frame_rec *mine = NULL
     cdef frame_rec **mine_tail = &mine
-    cdef ul_rx frame
     while at[0] != NULL:                   # unlink first: a replayed frame may become an orphan again
         f = at[0]
         if flow_equal(&f.flow, flow) or (flow.rport == 0 and f.flow.lport == flow.lport and f.flow.proto == flow.proto):
@@ -350,14 +371,19 @@ cdef void orphans_replay(engine *e, const flow_key *flow) noexcept nogil:
     while mine != NULL:
         f = mine
         mine = f.next
-        memset(&frame, 0, sizeof(frame))
-        frame.data = f.data
-        frame.len_bytes = f.len_bytes
-        frame.flags = f.flags
-        frame.gso_size_bytes = f.gso_size_bytes
-        frame.slot = UL_SLOT_NONE          # rxq_append copies what has no slot
-        engine_frame(e, &frame)
+        orphan_input(e, f)
         orphan_drop(e, f)
+
+
+cdef void orphan_input(engine *e, const frame_rec *f) noexcept nogil:
+    cdef ul_rx frame
+    memset(&frame, 0, sizeof(frame))
+    frame.data = f.data
+    frame.len_bytes = f.len_bytes
+    frame.flags = f.flags
+    frame.gso_size_bytes = f.gso_size_bytes
+    frame.slot = UL_SLOT_NONE              # rxq_append copies what has no slot
+    engine_frame(e, &frame)
 
 
 cdef void orphans_expire(engine *e) noexcept nogil:
@@ -366,4 +392,7 @@ cdef void orphans_expire(engine *e) noexcept nogil:
         f = e.orphans
         e.orphans = f.next
         e.n.orphans_dropped += 1
+        e.last_call = 1
+        orphan_input(e, f)
+        e.last_call = 0
         orphan_drop(e, f)

@@ -1,7 +1,8 @@
 """Names of local endpoints: who holds which TCP and UDP port, as BSD and Linux have it.
 
 A name is one socket's hold on a (protocol, address, port). Call order: ``bind`` and then ``listen`` or ``connect``;
-or ``choose`` alone (connect without bind); ``accept`` for each connection of a listener; ``release`` for each name
+or ``choose`` alone (connect without bind), or ``lease`` for a program that chooses by itself; ``accept`` for each
+connection of a listener or a lease; ``release`` for each name
 once. A port is free again when the last name on it has gone and no quarantine is left. Each operation takes constant
 time whatever else the table holds; only ``choose`` searches when nearly the whole range is in use toward one peer.
 
@@ -34,7 +35,7 @@ _COUNTERS: Final = 65536  # RFC 6056 (3.3.4): the larger this table, the less on
 class Name:
     """One socket's hold on a local endpoint. Read it freely; only its PortTable changes it.
 
-    ``state``: "bound", "listening", "connected" (explicitly or by ``choose``), "accepted", "quarantined", "released".
+    ``state``: "bound", "listening", "leased", "connected" (explicitly or by ``choose``), "accepted", "quarantined", "released".
     ``peer``: set while this is one end of a TCP connection; no second name has the same four-tuple.
     """
 
@@ -317,14 +318,32 @@ class PortTable:
         self._add(name)
         return name
 
+    def lease(self, laddr: str, count: int, *, now_ns: int, uid: int = 0) -> list[Name]:
+        """Random TCP ports of the range that nobody holds, for connections that their holder makes without asking.
+
+        Half of the range stays for others. OSError EADDRNOTAVAIL: no port is left to lease, or laddr is not ours.
+        """
+        self.expire(now_ns)
+        self._check(TCP, laddr, 0)
+        free = self._free[TCP]
+        names = []
+        while len(names) < count and len(free) > self._span // 2:
+            name = Name(TCP, laddr, free.pick(self._rng), uid, False, False, True)
+            name.state = "leased"
+            self._add(name)
+            names.append(name)
+        if not names:
+            raise OSError(errno.EADDRNOTAVAIL, f"half of the ports {self._range_text} are in use: none is leased")
+        return names
+
     def accept(self, listener: Name, laddr: str, raddr: str, rport: int, *, now_ns: int) -> Name:
-        """A connection of a listener: shares its port, uid and options, and keeps the port after the listener's end.
+        """A connection of a listener or a leased port: shares its port, uid and options, and keeps the port after its end.
 
         A quarantine of this four-tuple ends here: the peer itself opened it anew (RFC 9293 3.6.1, RFC 6191).
         EADDRINUSE when the four-tuple is held.
         """
         self.expire(now_ns)
-        self._expect(listener, "listening")
+        self._expect(listener, "listening", "leased")
         flow = (laddr, listener.port, raddr, rport)
         old = self._flows.get(flow)
         if old is not None:

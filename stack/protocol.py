@@ -14,12 +14,12 @@ import dataclasses
 import ipaddress
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 SERVICE: Final = "ulnet.netserver"  # the bootstrap name the server checks in
-VERSION: Final = 2
+VERSION: Final = 3
 DEFAULT_PATH: Final = "/run/ulnet/netserver.sock"
 PATH_VARIABLE: Final = "ULNET_SERVER"
 REPLY_OFFSET: Final = 100  # MIG: a reply's id is the request's plus 100
@@ -60,6 +60,10 @@ class Call(IntEnum):
     PUBLISH = _base + 19  # (+) may the session be promoted? A descriptor is on its way to somebody
     STATUS = _base + 20  # (+) names, state and pending error of a shared session
     OPTION = _base + 21  # (+) an option of a shared session
+    # Connections that a library sets up by itself:
+    LEASE = _base + 22  # (+) local TCP ports to connect from
+    DECLARE = _base + 23  # such connections: the server is about to be asked something of them, or to lose their port
+    EMBRYO = _base + 24  # a connection in SYN-RECEIVED of a listener that was shared a moment ago
 
 
 class Upcall(IntEnum):
@@ -195,8 +199,11 @@ class Connect(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Listen(Record):
+    """``local``: the library answers connection requests by itself; else the server does, and pushes the sessions."""
+
     session: U64
     backlog: U32
+    local: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +282,20 @@ class Option(Record):
     name: I32
     value: I32
     change: Flag
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease(Record):
+    """``count``: so many ports at the most."""
+
+    count: U16
+
+
+@dataclasses.dataclass(frozen=True)
+class Embryo(Record):
+    """Out of line: the state."""
+
+    listener: U64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,10 +432,64 @@ REQUESTS: Final[dict[int, type[Record]]] = {
     Call.PUBLISH: Publish,
     Call.STATUS: Shared,
     Call.OPTION: Option,
+    Call.LEASE: Lease,
+    Call.DECLARE: Nothing,
+    Call.EMBRYO: Embryo,
 }
 ONE_WAY: Final = frozenset(
-    (Call.RETURN, Call.FORGET, Call.ACCEPTED, Call.STRAY, Call.SHARE, Call.REQUEUE, Call.RELEASE)
+    (
+        Call.RETURN,
+        Call.FORGET,
+        Call.ACCEPTED,
+        Call.STRAY,
+        Call.SHARE,
+        Call.REQUEUE,
+        Call.RELEASE,
+        Call.DECLARE,
+        Call.EMBRYO,
+    )
 )
+
+# Out of line parts of LEASE's reply and of DECLARE.
+_PORT: Final = struct.Struct("<H")
+_CONNECTION: Final = struct.Struct("<QHH16s")
+CONNECTIONS_A_MESSAGE: Final = 4096
+
+
+class Connection(NamedTuple):
+    """What DECLARE says of a TCP connection on a port of its library's own."""
+
+    session: int
+    lport: int
+    raddr: str
+    rport: int
+
+
+def pack_ports(ports: Iterable[int]) -> bytes:
+    """The ports of a lease."""
+    return b"".join(map(_PORT.pack, ports))
+
+
+def unpack_ports(data: bytes | memoryview) -> list[int]:
+    """Raises ProtocolError when it is no list of ports."""
+    if len(data) % _PORT.size:
+        raise ProtocolError(f"a list of ports in {len(data)} bytes")
+    return [port for (port,) in _PORT.iter_unpack(data)]
+
+
+def pack_connections(connections: Iterable[Connection]) -> bytes:
+    """At most CONNECTIONS_A_MESSAGE of them."""
+    return b"".join(_CONNECTION.pack(c.session, c.lport, c.rport, pack_address(c.raddr)) for c in connections)
+
+
+def unpack_connections(data: bytes | memoryview) -> list[Connection]:
+    """Raises ProtocolError when it is no such list."""
+    if len(data) % _CONNECTION.size or len(data) > CONNECTIONS_A_MESSAGE * _CONNECTION.size:
+        raise ProtocolError(f"a list of connections in {len(data)} bytes")
+    return [
+        Connection(session, lport, unpack_address(raddr), rport)
+        for session, lport, rport, raddr in _CONNECTION.iter_unpack(data)
+    ]
 
 
 _STATE_HEAD = struct.Struct("=II16s16sHHB3x")  # the head of an exported session (engine.pyx): magic, size, flow_key

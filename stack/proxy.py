@@ -103,6 +103,11 @@ class Proxy(Sharing):
         if session.live:
             raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
         self.engine.reopen(session)  # after an attempt that failed
+        if self.placement == "application" and (not session.session_id or self._is_here(session.session_id)):
+            if session.session_id in self._connecting:
+                raise OSError(errno.EALREADY, os.strerror(errno.EALREADY))
+            if self._connect_here(session, address, port, timeout_ns):
+                return
         named = session.session_id != 0
         number = session.session_id or self._name(session)
         request = p.Connect(number, session.kind, address, port)
@@ -175,13 +180,16 @@ class Proxy(Sharing):
         if again:
             self.engine.set_backlog(session, backlog)
         else:
-            # The first session may be delivered before the reply is read.
+            # The first connection request, or session delivered, may come before the reply is read.
             self.engine.open_listener_shell(session, *session.local, backlog)
         with self._lock:
             self._listeners[number] = session
             self._backlogs[number] = backlog
+        local = self.placement == "application" or number in self._local_listeners
         try:
-            self._answer(self._rpc(p.Call.LISTEN, p.Listen(number, backlog)), p.Status)
+            self._answer(self._rpc(p.Call.LISTEN, p.Listen(number, backlog, local)), p.Status)
+            if local:
+                self._local_listeners.add(number)
         except BaseException:
             if not again:
                 with self._lock:
@@ -196,10 +204,12 @@ class Proxy(Sharing):
     def accepted(self, listener: Session, session: Session) -> None:
         """See Host. Credits go back in batches of half a backlog, so that the server can always send the other half."""
         number = listener.session_id
-        self._place(session)
+        self._accepted_here(session)
         with self._lock:
             self._sessions[session.session_id] = session
-            if number not in self._listeners or listener.shared:
+        self._place(session)
+        with self._lock:
+            if number not in self._listeners or number in self._local_listeners or listener.shared:
                 return
             self._credits[number] += 1
             count = self._credits[number]
@@ -209,7 +219,8 @@ class Proxy(Sharing):
         self._post_quietly(p.Call.ACCEPTED, p.Accepted(number, count))
 
     def close(self, session: Session, *, abort: bool = False) -> None:
-        """See Host. A TCP session goes back to the server with its unsent data; the FIN exchange runs there."""
+        """See Host. What the server has set up goes back there with its unsent data, and the FIN exchange runs there;
+        what was set up here ends here, unless it has data that cannot be sent now."""
         number = session.session_id
         if session.shared and os.getpid() == self._pid and not self._closed:
             self._close_shared(session, abort=abort)
@@ -226,6 +237,15 @@ class Proxy(Sharing):
             return  # what stayed with the parent ends there
         if listening:
             self._abort_queue(session)
+            if number in self._local_listeners:
+                self._local_listeners.discard(number)
+                if not self._gone:
+                    with contextlib.suppress(OSError):  # its port is the server's again
+                        self._return_rest(session.local[1])
+                        self._declare_all(session.local[1])
+        elif self._is_here(number):
+            self._close_here(session, abort=abort)
+            return
         live = session.live
         if self._gone or not live or session.kind == UDP or listening or abort or session.state == "CLOSED":
             # Without a server the end of a session runs here, as long as this process does.
@@ -247,6 +267,8 @@ class Proxy(Sharing):
         for session in held:
             with contextlib.suppress(OSError):
                 self.close(session)
+        if not self._dormant and not self._gone:
+            self._return_rest()
         self._closed = True
         if self._dormant:
             self._drop_lifeline()
@@ -274,7 +296,9 @@ class Proxy(Sharing):
 
     def _return(self, session: Session, number: int) -> None:
         try:
+            self._declare(session)
             state = self.engine.export_session(session)
+            self._gone_from_here(number)
         except OSError as error:
             self.counters["export_failed"] += 1
             log.warning("session %d could not be handed back, its peer is reset: %s", number, error)
@@ -301,7 +325,8 @@ class Proxy(Sharing):
         while (session := self.engine.accept(listener)) is not None:
             number = session.session_id
             self.engine.close_session(session, linger_abort=True)
-            self._forget(number)
+            if number & 0xFFFFFFFF >= p.SERVER_NUMBER:
+                self._forget(number)
 
     def _forget(self, number: int, *, reset: bool = False, wait: bool = False) -> None:
         """``wait``: until its name is free, so that who binds it next, in whatever process, is not refused."""
@@ -324,6 +349,8 @@ class Proxy(Sharing):
                     self.engine.inject(bytes(frame))
             elif message.id == p.Call.CONNECT + p.REPLY_OFFSET:
                 self._on_connected(message)
+            elif message.id == p.Call.LEASE + p.REPLY_OFFSET:
+                self._on_leased(message)
             elif message.id == p.Upcall.REFUSED:
                 refused = p.Refused.unpack(message.inline)
                 self.counters["refused"] += 1
@@ -347,7 +374,8 @@ class Proxy(Sharing):
         with self._lock:
             listener = self._listeners.get(record.listener)
         if listener is None:  # closed while it was on its way
-            self._forget(record.session, reset=True)
+            if record.session:
+                self._forget(record.session, reset=True)
             return
         try:
             with listener.shared_lock:
@@ -358,10 +386,14 @@ class Proxy(Sharing):
         except (OSError, ValueError, IndexError) as error:
             self.counters["deliver_failed"] += 1
             log.warning("a delivered session could not be taken, its peer is reset: %s", error)
-            self._forget(record.session, reset=True)
+            if record.session:
+                self._forget(record.session, reset=True)
 
     def _send_back(self, record: p.Deliver, state: bytes) -> None:
         """Its listener was shared meanwhile: the connection waits there. What came for it here goes along."""
+        if not record.session:  # its handshake is under way
+            self._post(p.Call.EMBRYO, p.Embryo(record.listener), ool=[state])
+            return
         session = self.engine.new_session(TCP)
         self.engine.import_session(session, state, record.session)
         state = self.engine.export_session(session)
@@ -413,8 +445,7 @@ class Proxy(Sharing):
 
     def _name(self, session: Session) -> int:
         with self._lock:
-            number = self._serial << 32 | self._next
-            self._next = self._next % (p.SERVER_NUMBER - 1) + 1
+            number = self.engine.number()
             self._sessions[number] = session
         session.session_id = number
         return number

@@ -24,7 +24,7 @@ from weakref import WeakMethod, WeakValueDictionary
 
 from ulnet.stack import forking
 from ulnet.stack import protocol as p
-from ulnet.stack.attachment import Attachment
+from ulnet.stack.leasing import TCP, Leasing
 from ulnet.stack.session import Session
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ulnet.proxy")
 
-TCP: Final = 6
 UDP: Final = 17
 ANY: Final = "0.0.0.0"
-_SENT: Final = frozenset(("CLOSED", "TIME-WAIT"))  # nothing is left of these that two processes could share
+# Nothing is left of these that two processes could share, or nothing is there yet.
+_UNSHARED: Final = frozenset(("CLOSED", "TIME-WAIT", "SYN-SENT", "SYN-RECEIVED"))
 
 
-class Sharing(Attachment):
+class Sharing(Leasing):
     """See ``proxy.Proxy``, the class that programs use."""
 
     def __init__(self, path: str | None, interface: str, spin_ns: int | None) -> None:
@@ -75,6 +75,7 @@ class Sharing(Attachment):
         util.Finalize(None, end, exitpriority=-100)
 
     def _prepare_engine(self, engine: Engine) -> None:
+        engine.on_ends = self._settle
         engine.on_shared = self._on_shared
         engine.on_shared_end = self._on_shared_end
         engine.on_shared_error = self._on_shared_error
@@ -82,7 +83,7 @@ class Sharing(Attachment):
 
     def _release_engine(self, engine: Engine) -> None:
         """No circle of references keeps its descriptors open."""
-        engine.resolver = engine.on_strays = engine.on_shared = engine.on_shared_end = None
+        engine.resolver = engine.on_strays = engine.on_ends = engine.on_shared = engine.on_shared_end = None
         engine.on_shared_error = engine.on_shared_option = None
 
     def _check(self) -> None:
@@ -136,10 +137,15 @@ class Sharing(Attachment):
             raise OSError(errno.EINVAL, "a socket without a name is this process's alone: bind or connect it first")
         if number in self._connecting:
             raise OSError(errno.EALREADY, "a socket cannot be shared while it connects")
-        queued = []
+        queued, embryos = [], []
         if number in self._listeners:
+            embryos = self.engine.export_embryos(session)
             while (waiting := self.engine.accept(session)) is not None:
-                queued.append((waiting.session_id, self.engine.export_session(waiting)))
+                self._accepted_here(waiting)
+                queued.append(waiting)
+            self._declare_all(session.local[1])
+        else:
+            self._declare(session)
         seen = self.engine.meta.shares
         user, manager, state = session.share_begin()
         try:
@@ -151,8 +157,13 @@ class Sharing(Attachment):
             os.close(manager)
         self._asked[number] = seen
         self._credits.pop(number, None)
-        for child, child_state in queued:
-            self._post(p.Call.REQUEUE, p.Requeue(number, child), ool=[child_state])
+        self._local_listeners.discard(number)
+        self._gone_from_here(number)
+        for state in embryos:
+            self._post(p.Call.EMBRYO, p.Embryo(number), ool=[state])
+        for child in queued:
+            self._post(p.Call.REQUEUE, p.Requeue(number, child.session_id), ool=[self.engine.export_session(child)])
+            self._gone_from_here(child.session_id)
         self.counters["shared"] += 1
 
     def publish(self, session: Session, public: bool) -> None:
@@ -211,7 +222,7 @@ class Sharing(Attachment):
             with session.shared_lock:
                 if not session.shared:
                     return True
-                if session.live and not session.listening:
+                if session.live:
                     # Frames that come before the state wait here, instead of going round by the server.
                     flow = session.peer or (None, 0)
                     self.engine.forget_flow(session.kind, *session.local, *flow)
@@ -246,6 +257,7 @@ class Sharing(Attachment):
         if listening:
             with self._lock:
                 self._listeners[number] = session
+                self._local_listeners.add(number)
             self.engine.open_listener_shell(session, *session.local, self._backlogs.setdefault(number, 128))
         self._sessions[number] = session
 
@@ -342,7 +354,7 @@ class Sharing(Attachment):
             if session.closed or session.session_id in self._connecting:
                 continue
             if not session.shared:
-                if session.kind == TCP and session.live and session.state in _SENT:
+                if session.kind == TCP and session.live and not session.listening and session.state in _UNSHARED:
                     continue
                 self.share(session)
             shared = True

@@ -37,7 +37,8 @@ cdef class StatPage:
     cdef stat_page *_open(self) except NULL
     cdef list _scan(self, uint64_t wanted)
 
-cdef stat_record *stat_take(StatPage page, uint64_t session_id, const flow_key *flow)   # NULL when full (counted)
+# NULL when full (counted). Any thread of the writer's, without the GIL.
+cdef stat_record *stat_take(stat_page *p, uint64_t session_id, const flow_key *flow) noexcept nogil
 cdef void stat_give(stat_record *r) noexcept nogil
 # Around what may send: a death in between leaves a record that says of itself that it is not to be trusted.
 cdef void stat_unsettle(stat_record *r) noexcept nogil

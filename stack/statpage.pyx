@@ -73,13 +73,12 @@ StatRecord = NamedTuple("StatRecord", [(name, _TYPES.get(name, int)) for name in
 StatRecord.__module__ = __name__
 
 
-cdef stat_record *stat_take(StatPage page, uint64_t session_id, const flow_key *flow):
+cdef stat_record *stat_take(stat_page *p, uint64_t session_id, const flow_key *flow) noexcept nogil:
     """A cleared record, shown to the server from here on. From the free list, else one never used."""
-    cdef stat_page *p = page._open()
     cdef stat_record *r
     cdef uint64_t head, number
     cdef uint32_t used
-    if not page.writable or session_id == 0:
+    if session_id == 0:
         return NULL
     head = ul_stat_load64(&p.free_head)
     while True:                              # ends: a failed exchange means that another thread got its record
@@ -290,7 +289,7 @@ def take(StatPage page, session_id, proto, lport, rport) -> int | None:
     flow.laddr.b[15] = 1
     flow.raddr.b[15] = 2
     flow.proto, flow.lport, flow.rport = proto, lport, rport
-    r = stat_take(page, session_id, &flow)
+    r = stat_take(page._open(), session_id, &flow) if page.writable else NULL
     if r == NULL:
         return None
     return <uint8_t *>r - <uint8_t *>page.page

@@ -94,7 +94,9 @@ class Party:
         kind = ksocket.SOCK_STREAM if session.kind == TCP else ksocket.SOCK_SEQPACKET
         user, manager = ksocket.socketpair(ksocket.AF_UNIX, kind)
         number = session.session_id
+        self.proxy._declare(session)
         ool = [self.proxy.engine.export_session(session)] if state else []
+        self.proxy._gone_from_here(number)
         self.tell(p.Call.SHARE, p.Share(number), ool=ool, fds=[user.fileno(), manager.fileno()])
         manager.close()
         user.settimeout(10)
@@ -655,6 +657,8 @@ class TestListener:
             session = party.proxy.engine.accept(home)
             assert session is not None
             party.proxy._listeners.pop(home.session_id)
+            assert party.proxy._accepted_here(session)
+            party.proxy._declare(session)
             party.take(sock)
             number, user = party.share(home, state=False)
             state = party.proxy.engine.export_session(session)
@@ -887,6 +891,7 @@ class TestHostile:
             session = party.connect(listener.getsockname())
             other, _ = listener.accept()
             other.settimeout(5)
+            party.proxy._declare(session)
             state = party.proxy.engine.export_session(session)
             party.tell(p.Call.SHARE, p.Share(session.session_id), ool=[state], fds=fds)
             with pytest.raises(ConnectionResetError):
@@ -919,6 +924,7 @@ class TestHostile:
                 extra.append(manager)
                 manager, another = ksocket.socketpair()
                 extra.append(another)
+            party.proxy._declare(session)
             state = party.proxy.engine.export_session(session)
             party.tell(p.Call.SHARE, p.Share(session.session_id), ool=[state], fds=[user.fileno(), manager.fileno()])
             manager.close()

@@ -1,0 +1,228 @@
+"""Connections that the library sets up by itself, on local ports that the server has leased to it.
+
+``connect`` from a leased port, and everything that a listener of this program's alone accepts, asks the server nothing:
+packets of those ports come here, so handshakes, refusals and the ends of connections are this engine's. The server
+hears of such a connection (DECLARE) only when it is to be asked something of it, or when its port goes: before it is
+shared or given back, and when its listener closes. Should the process die, the server finds it in the status page.
+
+differs: in SOSP 1993 (3.1, table 1) the server does every handshake and hands the session over.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Final
+
+from ulnet.ipc import Message
+from ulnet.stack import protocol as p
+from ulnet.stack.attachment import CALL_TIMEOUT_S, Attachment
+from ulnet.stack.engine import ERROR, HUP, WRITABLE
+from ulnet.stack.session import Session
+
+TCP: Final = 6
+FIRST_LEASE: Final = 8
+MOST_AT_ONCE: Final = 256
+TIME_WAITS_RETURNED: Final = 1024  # at the program's end; what they guard against is improbable, a late exit is not
+_OPENING: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
+
+
+class Leasing(Attachment):
+    """See ``proxy.Proxy``, the class that programs use."""
+
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self._free_ports: list[int] = []
+        self._leases = 0  # ports leased to this process, those of open connections included
+        self._lease_refused = self._lease_asked = False
+        self._ports_used: dict[int, int] = {}  # by session
+        self._undeclared: set[int] = set()  # sessions here that the server does not know by number
+        self._declared: set[int] = set()  # that it knows, of those set up here
+        self._local_listeners: set[int] = set()
+
+    # -- connecting ----------------------------------------------------------------------------
+
+    def _connect_here(self, session: Session, address: str, port: int, timeout_ns: int) -> bool:
+        """As Host.connect, for TCP without a bound name. False: the server has to do it (it knows no neighbour yet, or
+        has no port to lease)."""
+        if port == 0 or int(address.partition(".")[0]) >= 224 or self.engine.meta.resolve(address).mac is None:
+            return False
+        number = session.session_id
+        local = self._ports_used.get(number, 0) if number else self._take_port(address, port, timeout_ns)
+        if not local:
+            return False
+        if not number:
+            number = self._name(session)
+            self._ports_used[number] = local
+            self._undeclared.add(number)
+        try:
+            self.engine.open_tcp(session, self.address, local, address, port)
+        except BaseException:
+            self._connect_failed(session)
+            raise
+        if timeout_ns == 0:
+            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        ready = session.wait(WRITABLE, timeout_ns)
+        if not ready:
+            raise TimeoutError("timed out")
+        code = session.take_error()
+        if code or ready & (ERROR | HUP):
+            self._connect_failed(session)
+            code = code or errno.ECONNABORTED
+            raise OSError(code, os.strerror(code))
+        return True
+
+    def _connect_failed(self, session: Session) -> None:
+        number = session.session_id
+        self.engine.reopen(session)
+        self._unname(session)
+        self._leave_port(number)
+
+    def _take_port(self, address: str, port: int, timeout_ns: int) -> int:
+        """A leased port that no session has; 0: there is none to be had now."""
+        self._settle()
+        if not self._free_ports and timeout_ns != 0 and not self._lease_refused:
+            patience_s = CALL_TIMEOUT_S if timeout_ns < 0 else min(CALL_TIMEOUT_S, timeout_ns / 1e9)
+            self._on_leased(self._rpc(p.Call.LEASE, self._more(), timeout=patience_s))
+        with self._lock:
+            # Ahead of the need, for who does not wait.
+            ask = len(self._free_ports) <= self._leases // 4 and not self._lease_refused and not self._lease_asked
+            self._lease_asked |= ask
+            found = 0
+            for at in range(len(self._free_ports) - 1, -1, -1):
+                if address != self.address or self._free_ports[at] != port:  # else it would be connected to itself
+                    found = self._free_ports.pop(at)
+                    break
+        if ask:
+            self._post(p.Call.LEASE, self._more(), reply_to=self._port)
+        return found
+
+    def _more(self) -> p.Lease:
+        """As many again as there are."""
+        return p.Lease(min(max(self._leases, FIRST_LEASE), MOST_AT_ONCE))
+
+    def _on_leased(self, message: Message) -> None:
+        """The reply to LEASE, in whichever thread."""
+        try:
+            self._answer(message, p.Status)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            self._lease_refused = True
+            return
+        finally:
+            self._lease_asked = False
+        ports = p.unpack_ports(message.ool[0])
+        self.engine.lease(ports)
+        with self._lock:
+            self._free_ports += ports
+            self._leases += len(ports)
+
+    def _leave_port(self, number: int) -> None:
+        """Its session has come to its end: the next one may have the port."""
+        with self._lock:
+            self._undeclared.discard(number)
+            port = self._ports_used.pop(number, 0)
+            if port:
+                self._free_ports.append(port)
+                self._lease_refused = False
+
+    def _settle(self) -> None:
+        """Sessions that were closed have come to their end meanwhile."""
+        for _, _, number in self.engine.events():
+            self._leave_port(number)
+            if number in self._declared:
+                self._declared.discard(number)
+                self._post_quietly(p.Call.FORGET, p.Forget(number))
+        self.engine.tell_ends = bool(self._declared)
+
+    # -- accepting -----------------------------------------------------------------------------
+
+    def _accepted_here(self, session: Session) -> bool:
+        """One session left a listener's queue. True: it was set up here."""
+        number = session.session_id
+        if number & 0xFFFFFFFF >= p.SERVER_NUMBER:
+            return False
+        self._undeclared.add(number)
+        return True
+
+    # -- closing -------------------------------------------------------------------------------
+
+    def _is_here(self, number: int) -> bool:
+        """Was it set up here, and is it here still?"""
+        return number in self._undeclared or number in self._declared
+
+    def _close_here(self, session: Session, *, abort: bool) -> None:
+        if self.engine.close_session(session, linger_abort=abort) and not self._gone:
+            # What could not be sent yet would be lost with this process: the server goes on with it.
+            self._return(session, session.session_id)
+        self._settle()
+
+    def _return_rest(self, port: int = 0) -> None:
+        """What was closed and goes on is the server's from here on: everything, at the program's end, or what is on a
+        port whose listener is closed."""
+        self._settle()
+        waits = 0
+        for session in self.engine.closing_sessions():
+            if port not in (0, session.local[1]):
+                continue
+            if session.state == "TIME-WAIT":
+                waits += 1
+                if waits > TIME_WAITS_RETURNED:
+                    self.counters["time_waits_dropped"] += 1
+                    continue
+            self._return(session, session.session_id)
+
+    # -- what the server is told ---------------------------------------------------------------
+
+    def _declare(self, session: Session) -> None:
+        """Before a call about it."""
+        if session.session_id in self._undeclared and session.peer is not None:
+            raddr, rport = session.peer
+            self._post_connections([p.Connection(session.session_id, session.local[1], raddr, rport)])
+
+    def _declare_all(self, port: int = 0) -> None:
+        """Every connection, or those on one port, closed ones included."""
+        if not self._undeclared:
+            return
+        self._post_connections(
+            p.Connection(row["session_id"], row["local"][1], *row["remote"])
+            for row in self.engine.sessions()
+            if row["session_id"] in self._undeclared
+            and row["state"] not in _OPENING
+            and row["remote"] is not None
+            and port in (0, row["local"][1])
+        )
+
+    def _post_connections(self, connections: Iterable[p.Connection]) -> None:
+        rows = list(connections)
+        for start in range(0, len(rows), p.CONNECTIONS_A_MESSAGE):
+            part = rows[start : start + p.CONNECTIONS_A_MESSAGE]
+            self._post(p.Call.DECLARE, p.Nothing(), ool=[p.pack_connections(part)])
+            for row in part:
+                self._undeclared.discard(row.session)
+                self._declared.add(row.session)
+        self.engine.tell_ends = bool(self._declared)
+
+    def _gone_from_here(self, number: int) -> None:
+        """The server has it now, and with it the port, if that was a leased one."""
+        with self._lock:
+            self._declared.discard(number)
+            if self._ports_used.pop(number, 0):
+                self._leases -= 1
+
+    # -- what those above do -------------------------------------------------------------------
+
+    @abstractmethod
+    def _name(self, session: Session) -> int:
+        """Give it a number and note it."""
+
+    @abstractmethod
+    def _unname(self, session: Session) -> None:
+        """Take that back."""
+
+    @abstractmethod
+    def _return(self, session: Session, number: int) -> None:
+        """Give its state to the server, which runs it to its end."""

@@ -84,8 +84,9 @@ class Engine:
         """Library: its sessions are numbered ``serial << 32 | n`` from here on, those it accepts included."""
     def number(self) -> int:
         """Library: for a session that is set up here."""
-    def lease(self, ports: Iterable[int]) -> None:
-        """Library: these local TCP ports are its own. What comes for no session there is refused, not kept."""
+    def lease(self, ports: Iterable[int], on: bool = True) -> None:
+        """Library: these local TCP ports are its own (not ``on``: no more). What comes for no session there is refused,
+        not kept."""
     def export_embryos(self, listener: Session) -> list[bytes]:
         """The states of its sessions whose handshake is under way, for deliver() elsewhere. Library: connection requests
         are strays from here on; listening again takes that back."""

@@ -446,8 +446,8 @@ cdef class Engine:
     def number(self):
         return local_number(self.e)
 
-    def lease(self, ports):
-        local_lease(self.e, ports)
+    def lease(self, ports, bint on=True):
+        local_lease(self.e, ports, on)
 
     def knows_flow(self, int proto, str laddr, int lport, str raddr, int rport):
         """Has it a session of this flow?"""
@@ -781,14 +781,18 @@ cdef class Engine:
             ev = e.events_head
             e.events_head = NULL
             e.events_tail = NULL
+            e.ends_count = 0
             engine_unlock(e)
         while ev != NULL:
             following = ev.next
-            out.append((ev.kind, <Session>ev.s.handle if ev.s.handle != NULL else None, ev.value))
-            with nogil:
-                engine_lock(e)
-                session_unref(e, ev.s)
-                engine_unlock(e)
+            if ev.s == NULL:
+                out.append((ev.kind, None, ev.value))
+            else:
+                out.append((ev.kind, <Session>ev.s.handle if ev.s.handle != NULL else None, ev.value))
+                with nogil:
+                    engine_lock(e)
+                    session_unref(e, ev.s)
+                    engine_unlock(e)
             free(ev)
             ev = following
         return out

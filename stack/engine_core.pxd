@@ -251,6 +251,7 @@ ctypedef struct engine:
     # events, strays, orphans
     event_rec *events_head
     event_rec *events_tail
+    uint32_t ends_count      # EVENTS_ENDS: how many wait
     frame_rec *strays
     frame_rec *strays_tail
     uint32_t strays_count

@@ -29,7 +29,9 @@ from ulnet.stack.tcp cimport (
     tcp_stat, tcp_state, tcp_timers, tcp_wants_output,
 )
 from ulnet.stack.tcp_cb cimport TCP_CLOSED, TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_SYN_RECEIVED, TCP_SYN_SENT
-from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key
+from ulnet.stack.types cimport (
+    UL_ERROR, UL_HUP, UL_IPPROTO_TCP, UL_RDHUP, UL_READABLE, UL_WRITABLE, flow_equal, flow_hash, flow_key,
+)
 from ulnet.stack.udp cimport udp_free, udp_ready
 
 cdef enum:
@@ -38,6 +40,7 @@ cdef enum:
     BURST_BYTES = 4 * 65160        # without offload its ACKs fill most of a ring
     LOOKS = 8
     DRAIN_FRAMES = 256             # more than a ring holds
+    ENDS_MANY = 256
     NUMBER_MAX = 0x7FFFFFFF        # protocol.SERVER_NUMBER - 1
 
 
@@ -420,7 +423,9 @@ cdef void session_close(engine *e, ul_session *s, bint abort) noexcept nogil:
 
 cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept nogil:
     cdef event_rec *ev
-    if e.collect_events == EVENTS_NONE or (e.collect_events == EVENTS_ENDS and kind != EVENT_GONE):
+    cdef bint ends = e.collect_events == EVENTS_ENDS
+    if e.collect_events == EVENTS_NONE or (ends and (kind != EVENT_GONE or s.id >> 32 << 32 != e.serial
+                                                     or s.flow.proto != UL_IPPROTO_TCP)):
         return
     ev = <event_rec *>malloc(sizeof(event_rec))
     if ev == NULL:
@@ -428,16 +433,19 @@ cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept 
         return
     ev.next = NULL
     ev.kind = kind
-    ev.s = s
+    ev.s = NULL if ends else s
     ev.value = value
-    s.refs += 1
+    if not ends:
+        s.refs += 1
     if e.events_tail != NULL:
         e.events_tail.next = ev
     else:
         e.events_head = ev
     e.events_tail = ev
-    if e.tell_ends and kind == EVENT_GONE:
-        e.attention |= ATTN_ENDS
+    if ends:
+        e.ends_count += 1
+        if e.tell_ends or e.ends_count >= ENDS_MANY:
+            e.attention |= ATTN_ENDS
 
 
 # ---------------------------------------------------------------- timer heap (1-based, by deadline_ns)

@@ -4,6 +4,6 @@
 from ulnet.stack.engine_core cimport engine, ul_session
 
 cdef object local_number(engine *e)
-cdef int local_lease(engine *e, ports) except -1
+cdef int local_lease(engine *e, ports, bint on) except -1
 cdef list local_embryos(engine *e, ul_session *listener)
 cdef list local_closing(object owner, engine *e)

@@ -28,14 +28,17 @@ cdef object local_number(engine *e):
     return number
 
 
-cdef int local_lease(engine *e, ports) except -1:
+cdef int local_lease(engine *e, ports, bint on) except -1:
     cdef int port
     if e.leased == NULL:
         e.leased = <uint8_t *>calloc(1, LEASE_BYTES)
         if e.leased == NULL:
             raise MemoryError("no memory for leased ports")
     for port in ports:
-        e.leased[(port & 0xFFFF) >> 3] |= <uint8_t>(1 << (port & 7))
+        if on:
+            e.leased[(port & 0xFFFF) >> 3] |= <uint8_t>(1 << (port & 7))
+        else:
+            e.leased[(port & 0xFFFF) >> 3] &= <uint8_t>~(1 << (port & 7))
     return 0
 
 

@@ -210,8 +210,10 @@ class Leasing(Attachment):
         """The server has it now, and with it the port, if that was a leased one."""
         with self._lock:
             self._declared.discard(number)
-            if self._ports_used.pop(number, 0):
+            port = self._ports_used.pop(number, 0)
+            if port:
                 self._leases -= 1
+                self.engine.lease([port], False)
 
     # -- what those above do -------------------------------------------------------------------
 

@@ -300,11 +300,11 @@ class Proxy(Sharing):
             state = self.engine.export_session(session)
             self._gone_from_here(number)
         except OSError as error:
-            self.counters["export_failed"] += 1
-            log.warning("session %d could not be handed back, its peer is reset: %s", number, error)
             if session.live:
+                self.counters["export_failed"] += 1
+                log.warning("session %d could not be handed back, its peer is reset: %s", number, error)
                 self.engine.close_session(session, linger_abort=True)
-            self._forget(number)
+            self._forget(number)  # else it has just come to its end
             return
         try:
             if self._forked and not getattr(self._inside, "ipc", False):

@@ -180,7 +180,7 @@ class TestLooking:
             text = self.run(bed, "sessions")
             assert f"{ADDRESS}:7001" in text and "ESTABLISHED" in text and str(program.pid) in text
             counters = self.run(bed, "counters")
-            assert "tables.sessions 2\n" in counters
+            assert "tables.sessions 1\n" in counters
         program.kill()
         program.wait()
         bed.expect_empty()

@@ -208,8 +208,8 @@ class SessionTable:
                 self._forward(record.owner, [frame])
 
     def application_ended(self, app: Application, *, reset: bool = False, left: bool = False) -> None:
-        """Its death, or its leave (``left``). A connection of which nothing is lost ends in order, as the kernel has it;
-        the peers of others are reset and the reuse of those endpoints delayed. ``reset``: the peers of all."""
+        """Its death, or its leave (``left``). A connection of which nothing is lost ends in order, as the kernel has
+        it; the peers of others are reset and the reuse of those endpoints delayed. ``reset``: the peers of all."""
         last = self._last_records(app)
         for record in list(app.sessions.values()):
             # UDP has no connection that old packets could disturb: a server that crashed may bind again at once.

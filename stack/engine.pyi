@@ -88,8 +88,8 @@ class Engine:
         """Library: these local TCP ports are its own (not ``on``: no more). What comes for no session there is refused,
         not kept."""
     def export_embryos(self, listener: Session) -> list[bytes]:
-        """The states of its sessions whose handshake is under way, for deliver() elsewhere. Library: connection requests
-        are strays from here on; listening again takes that back."""
+        """The states of its sessions whose handshake is under way, for deliver() elsewhere. Library: connection
+        requests are strays from here on; listening again takes that back."""
     def closing_sessions(self) -> list[Session]:
         """TCP sessions that were closed and have not come to their end."""
     def knows_flow(self, proto: int, laddr: str, lport: int, raddr: str, rport: int) -> bool: ...
@@ -102,8 +102,8 @@ class Engine:
     def accept(self, session: Session) -> Session | None:
         """An established session of the listener's queue, or None. wait(READABLE) first."""
     def close_session(self, session: Session, *, linger_abort: bool = False) -> int:
-        """The user is done: TCP goes on to its end inside the engine (FIN, TIME-WAIT) without the handle. The bytes that
-        could not be sent yet."""
+        """The user is done: TCP goes on to its end inside the engine (FIN, TIME-WAIT) without the handle. The bytes
+        that could not be sent yet."""
     def abort_flow(self, laddr: str, lport: int, raddr: str, rport: int, snd_nxt: int, rcv_nxt: int) -> None:
         """Send an RST for a session this engine does not hold (its application died)."""
     def export_session(self, session: Session) -> bytes:
@@ -125,7 +125,7 @@ class Engine:
 
         True: the last bytes sent were not acknowledged yet. ValueError: data was lost, or the record is rubbish."""
     def deliver(self, listener: Session, state: bytes | bytearray | memoryview, session_id: int) -> None:
-        """Import an accepted session into a listener's queue; one in SYN-RECEIVED comes there when it is established."""
+        """Import an accepted session into a listener's queue; one in SYN-RECEIVED comes there by itself."""
     def open_listener_shell(self, session: Session, laddr: str, lport: int, backlog: int) -> None:
         """Library: a listener whose connections arrive by deliver()."""
     def fail(self, session: Session, error: int) -> None:

@@ -326,7 +326,7 @@ class PortTable:
         self.expire(now_ns)
         self._check(TCP, laddr, 0)
         free = self._free[TCP]
-        names = []
+        names: list[Name] = []
         while len(names) < count and len(free) > self._span // 2:
             name = Name(TCP, laddr, free.pick(self._rng), uid, False, False, True)
             name.state = "leased"

@@ -470,7 +470,7 @@ def pack_ports(ports: Iterable[int]) -> bytes:
     return b"".join(map(_PORT.pack, ports))
 
 
-def unpack_ports(data: bytes | memoryview) -> list[int]:
+def unpack_ports(data: bytes | bytearray | memoryview) -> list[int]:
     """Raises ProtocolError when it is no list of ports."""
     if len(data) % _PORT.size:
         raise ProtocolError(f"a list of ports in {len(data)} bytes")
@@ -482,7 +482,7 @@ def pack_connections(connections: Iterable[Connection]) -> bytes:
     return b"".join(_CONNECTION.pack(c.session, c.lport, c.rport, pack_address(c.raddr)) for c in connections)
 
 
-def unpack_connections(data: bytes | memoryview) -> list[Connection]:
+def unpack_connections(data: bytes | bytearray | memoryview) -> list[Connection]:
     """Raises ProtocolError when it is no such list."""
     if len(data) % _CONNECTION.size or len(data) > CONNECTIONS_A_MESSAGE * _CONNECTION.size:
         raise ProtocolError(f"a list of connections in {len(data)} bytes")

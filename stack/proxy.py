@@ -20,8 +20,9 @@ from typing import Any, Final, cast
 from ulnet.ipc import Message, Sender
 from ulnet.stack import protocol as p
 from ulnet.stack.attachment import query
+from ulnet.stack.leasing import TCP
 from ulnet.stack.session import Session
-from ulnet.stack.sharing import ANY, TCP, UDP, Sharing
+from ulnet.stack.sharing import ANY, UDP, Sharing
 
 log = logging.getLogger("ulnet.proxy")
 

@@ -1,8 +1,9 @@
 """The library's attachment to a network server: its task, its packet ring, its pages, and how messages are exchanged.
 
 ``Attachment`` is the ground that ``leasing.Leasing``, ``sharing.Sharing`` and ``proxy.Proxy`` stand on. Call order:
-``_attach()`` once, and again in a forked child; then ``_rpc`` + ``_answer`` for calls with a reply, ``_post`` for those without. Threads: calls
-go out from whichever thread makes them; one receiver thread takes what the server says by itself (``_upcall``).
+``_attach()`` once, and again in a forked child; then ``_rpc`` + ``_answer`` for calls with a reply, ``_post`` for those
+without. Threads: calls go out from whichever thread makes them; one receiver thread takes what the server says by
+itself (``_upcall``).
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ _COUNTERS: Final = 65536  # RFC 6056 (3.3.4): the larger this table, the less on
 class Name:
     """One socket's hold on a local endpoint. Read it freely; only its PortTable changes it.
 
-    ``state``: "bound", "listening", "leased", "connected" (explicitly or by ``choose``), "accepted", "quarantined", "released".
+    ``state``: "bound", "listening", "leased", "connected" (explicitly or by ``choose``), "accepted", "quarantined",
+    "released".
     ``peer``: set while this is one end of a TCP connection; no second name has the same four-tuple.
     """
 
@@ -337,7 +338,7 @@ class PortTable:
         return names
 
     def accept(self, listener: Name, laddr: str, raddr: str, rport: int, *, now_ns: int) -> Name:
-        """A connection of a listener or a leased port: shares its port, uid and options, and keeps the port after its end.
+        """A connection of a listener or a leased port: shares its port, uid and options, and keeps the port alone.
 
         A quarantine of this four-tuple ends here: the peer itself opened it anew (RFC 9293 3.6.1, RFC 6191).
         EADDRINUSE when the four-tuple is held.

@@ -362,10 +362,10 @@ class Calls:
         }
 
 
-def _state(message: Message) -> bytes:
+def _state(message: Message) -> bytes | memoryview:
     if len(message.ool) != 1 or len(message.ool[0]) > p.MAX_STATE_BYTES:
         raise p.ProtocolError("a session comes with its state and nothing else")
-    return bytes(message.ool[0])
+    return memoryview(message.ool[0])  # where it lies: an import copies it once anyway
 
 
 def _process_name(pid: int) -> str:

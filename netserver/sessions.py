@@ -166,7 +166,7 @@ class SessionTable:
         record.credit += request.count
         self._pump(record)
 
-    def take_back(self, app: Application, number: int, state: bytes) -> None:
+    def take_back(self, app: Application, number: int, state: bytes | memoryview) -> None:
         """A TCP session returns: the server runs it to its end."""
         record = self._own(app, number)
         if record.place is not Place.APPLICATION or record.protocol != TCP:
@@ -408,7 +408,7 @@ class SessionTable:
             record = self._flows.get((*flow[:3], "", 0))
         return record
 
-    def _import(self, app: Application, record: SessionRecord, state: bytes) -> Session:
+    def _import(self, app: Application, record: SessionRecord, state: bytes | memoryview) -> Session:
         """Into the engine with what an application gave back. Rubbish costs it the session."""
         session = self.engine.new_session(record.protocol)
         try:

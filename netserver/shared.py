@@ -63,7 +63,7 @@ class SharedTable(LeaseTable):
 
     # -- into the server and back --------------------------------------------------------------
 
-    def share(self, app: Application, number: int, state: bytes | None, fds: Sequence[int]) -> None:
+    def share(self, app: Application, number: int, state: bytes | memoryview | None, fds: Sequence[int]) -> None:
         """The session is everybody's who has its pair's user end. ``fds``: both ends; copies are made."""
         record = self._own(app, number)
         if record.owner is not app:
@@ -76,7 +76,9 @@ class SharedTable(LeaseTable):
                 self._end(record, reset=True)
             raise
 
-    def _share(self, app: Application, record: SessionRecord, state: bytes | None, fds: Sequence[int]) -> None:
+    def _share(
+        self, app: Application, record: SessionRecord, state: bytes | memoryview | None, fds: Sequence[int]
+    ) -> None:
         kind = socket.SOCK_STREAM if record.protocol == TCP else socket.SOCK_SEQPACKET
         if len(fds) != 2:
             raise Refusal(errno.EINVAL, f"{len(fds)} descriptors came, two are meant", violation=True)
@@ -194,7 +196,7 @@ class SharedTable(LeaseTable):
 
     # -- listening -----------------------------------------------------------------------------
 
-    def requeue(self, app: Application, request: p.Requeue, state: bytes) -> None:
+    def requeue(self, app: Application, request: p.Requeue, state: bytes | memoryview) -> None:
         """A connection that was delivered before its listener was shared: whoever accepts there may have it."""
         record = self._own(app, request.session)
         if record.owner is not app or record.place is not Place.APPLICATION or record.protocol != TCP:

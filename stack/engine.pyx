@@ -5,7 +5,7 @@ import threading
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.ref cimport Py_DECREF
+from cpython.ref cimport Py_DECREF, PyObject
 from libc.errno cimport EAGAIN, EBADF, EINVAL, EISCONN, ENOMEM
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -514,12 +514,11 @@ cdef class Engine:
         """The whole state of a session as bytes; it lives elsewhere from now on (its handle says EBADF)."""
         cdef engine *e = self.e
         cdef ul_session *s = session.s
-        cdef uint8_t *out = NULL
-        cdef size_t n = 0
+        cdef PyObject *out = NULL
         cdef int rc
         with nogil:
             engine_lock(e)
-            rc = handover_export(e, s, &out, &n)
+            rc = handover_export(e, s, &out)
             if rc == 0:
                 polls_closed(e, s)
             engine_unlock(e)
@@ -527,10 +526,9 @@ cdef class Engine:
             fail(rc)
         if e.bufs.dead != NULL:
             self.reap()
-        try:
-            return PyBytes_FromStringAndSize(<char *>out, n)
-        finally:
-            free(out)
+        state = <object>out
+        Py_DECREF(state)                   # the reference that came with it
+        return state
 
     def adopt_foreign(self, int proto, str laddr, int lport, str raddr, int rport):
         """Remember a flow that another process holds: its frames are strays here, never refused."""

@@ -264,6 +264,7 @@ ctypedef struct engine:
     uint8_t helper           # HELPER_*
     uint32_t watched         # sessions with a descriptor
     uint64_t activity        # calls that waited or sent
+    uint32_t calls           # users' calls, for engine_glance
     int64_t sleep_until_ns   # of the thread asleep in poll(2); 0: none sleeps
     int wake_fd              # of callers
     int helper_fd            # of the helper
@@ -299,6 +300,7 @@ cdef void event_add(engine *e, int kind, ul_session *s, int64_t value) noexcept 
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil            # frames processed; settles
 cdef int engine_spin(engine *e, int budget) noexcept nogil           # for one who polls without pause
+cdef void engine_glance(engine *e) noexcept nogil                    # at the end of a user's call
 cdef void engine_settle(engine *e) noexcept nogil
 cdef int64_t engine_deadline(engine *e) noexcept nogil
 cdef void engine_timers(engine *e) noexcept nogil

@@ -1,13 +1,14 @@
 # Hand-over of sessions between address spaces. The caller holds the engine's lock.
 
+from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint64_t
 from ulnet.stack.engine_core cimport engine, ul_session
 from ulnet.stack.statpage cimport stat_record
 from ulnet.stack.types cimport flow_key
 
-# The whole state as a malloc'ed block of *n bytes; the session has ended here, its flow is foreign from now on.
-# 0, -ENOTCONN, -ENOMEM (nothing happened then).
-cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noexcept nogil
+# The whole state as a new bytes object, the caller's reference; the session has ended here, its flow is foreign from now
+# on. 0, -ENOTCONN, -ENOMEM (nothing happened then).
+cdef int handover_export(engine *e, ul_session *s, PyObject **out) noexcept nogil
 # Into a shell of the same protocol. `prefix`: what was received before the unread data in the state (UDP: datagrams as
 # in a state). 0, -EINVAL malformed, -EISCONN no shell, -EADDRINUSE, -ENOMEM.
 cdef int handover_import(engine *e, ul_session *s, const uint8_t *p, size_t n, uint64_t session_id, const uint8_t *prefix,

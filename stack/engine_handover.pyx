@@ -7,9 +7,9 @@ The exporter remembers the flow as foreign, so that a frame that still comes her
 the importer replays frames that were faster than it.
 """
 
+from cpython.ref cimport PyObject
 from libc.errno cimport EBADF, EINVAL, EISCONN, ENOMEM, ENOTCONN
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset
 
 from ulnet.stack.buf cimport rxq_append, rxqueue, rxseg
@@ -24,6 +24,10 @@ from ulnet.stack.tcp cimport tcp_export, tcp_export_bytes, tcp_import, tcp_reviv
 from ulnet.stack.tcp_cb cimport TCP_SYN_RECEIVED
 from ulnet.stack.types cimport UL_IPPROTO_TCP, UL_IPPROTO_UDP
 from ulnet.stack.udp cimport udp_new, udp_pcb
+
+cdef extern from "Python.h":
+    PyObject *bytes_new "PyBytes_FromStringAndSize"(const char *data, Py_ssize_t n) except NULL
+    char *bytes_data "PyBytes_AS_STRING"(PyObject *o) nogil
 
 cdef enum:
     STATE_MAGIC = 0x554C5332       # "ULS2"
@@ -46,16 +50,26 @@ ctypedef struct state_head:
     int32_t so_error
 
 
-cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noexcept nogil:
+cdef PyObject *room_for(size_t n) noexcept with gil:
+    # At once as what the program gets: a state of megabytes is worth no second copy, and no second lot of fresh pages.
+    try:
+        return bytes_new(NULL, <Py_ssize_t>n)
+    except MemoryError:
+        return NULL
+
+
+cdef int handover_export(engine *e, ul_session *s, PyObject **out) noexcept nogil:
     cdef state_head head
     cdef size_t room
+    cdef uint8_t *at
     if s.role != ROLE_TCP and s.role != ROLE_UDP:
         return -ENOTCONN
     engine_tick(e)
     room = tcp_export_bytes(s.tcp) if s.role == ROLE_TCP else datagrams_bytes(s.udp)
-    out[0] = <uint8_t *>malloc(sizeof(head) + room)
+    out[0] = room_for(sizeof(head) + room)
     if out[0] == NULL:
         return -ENOMEM
+    at = <uint8_t *>bytes_data(out[0])
     memset(&head, 0, sizeof(head))
     head.magic = STATE_MAGIC
     head.head_bytes = sizeof(head)
@@ -66,11 +80,10 @@ cdef int handover_export(engine *e, ul_session *s, uint8_t **out, size_t *n) noe
         head.shut_rd = s.shut_rd
         head.rcvbuf_bytes = s.udp.rcvbuf_bytes
         head.so_error = s.udp.so_error
-        datagrams_export(s.udp, out[0] + sizeof(head))
-        n[0] = sizeof(head) + room
+        datagrams_export(s.udp, at + sizeof(head))
     else:
-        n[0] = sizeof(head) + tcp_export(&e.env, s.tcp, out[0] + sizeof(head))
-    memcpy(out[0], &head, sizeof(head))
+        tcp_export(&e.env, s.tcp, at + sizeof(head))
+    memcpy(at, &head, sizeof(head))
     session_ref(s)
     s.closing = 1
     waiters_wake(e, s, 0xFF)

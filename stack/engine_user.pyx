@@ -11,10 +11,11 @@ from libc.string cimport memcpy
 from ulnet.kernelshim.link cimport UL_LINK_CSUM, UL_LINK_USO
 from ulnet.stack.engine_core cimport (
     PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP, USER_SHARED,
-    USER_STAYED, engine, engine_poll, engine_tick, engine_settle, session_end, session_ready, session_ref,
+    USER_STAYED, engine, engine_glance, engine_poll, engine_tick, engine_settle, session_end, session_ready, session_ref,
     session_touch, session_unref, ul_session,
 )
 from ulnet.stack.engine_output cimport emit_udp, emit_udp_train, udp_mtu
+from ulnet.stack.engine_polls cimport polls_show
 from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
 from ulnet.stack.stamps cimport STAMP_READY, STAMP_TRANSPORT_OUT, stamp
 from ulnet.stack.tcp cimport (
@@ -56,6 +57,7 @@ cdef void enter(engine *e, ul_session *s) noexcept nogil:
 cdef void leave(engine *e, ul_session *s) noexcept nogil:
     if e.touched != NULL:
         engine_settle(e)
+    engine_glance(e)
     engine_left(e)
     session_unref(e, s)
     engine_unlock(e)
@@ -126,10 +128,14 @@ cdef Py_ssize_t user_recv(engine *e, ul_session *s, uint8_t *out, size_t n, int 
         else:
             got = dead_answer(s, True)
         if got > 0:
-            if tcp_wants_output(s.tcp) or s.fd != NULL or s.polls != NULL:
+            if tcp_wants_output(s.tcp) or (s.fd != NULL and not s.fd.quiet):
                 session_touch(e, s)
-            elif s.stat != NULL:
-                s.stat.tcp.unread_bytes = s.tcp.rcv.len_bytes
+            elif not peek:
+                # All that changes by it; the rest of a settle is left out.
+                if s.stat != NULL:
+                    s.stat.tcp.unread_bytes = s.tcp.rcv.len_bytes
+                if s.polls != NULL:
+                    polls_show(e, s, session_ready(s))
             if peek:
                 break
             done[0] += got

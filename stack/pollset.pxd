@@ -18,6 +18,9 @@ cdef class Entry:                    # one registration
     cdef int fd                      # in the side; -1: none
     cdef poll_item *item
     cdef Part part
+    cdef tuple told                  # (data, what told_bits means) of the last time it was ready, or None
+    cdef uint32_t told_bits
+    cdef int tell(self, uint32_t bits, bint as_selector, list out) except -1
 
 cdef class PollSet:
     cdef wait_side side
@@ -30,6 +33,7 @@ cdef class PollSet:
     cdef uint64_t next_key
     cdef readonly bint closed
     cdef public bint as_epoll
+    cdef public bint as_selector
     cdef readonly uint64_t side_looks  # system calls made to look at descriptors
     cdef object __weakref__
     cdef void release_all(self) noexcept

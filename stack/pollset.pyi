@@ -14,6 +14,7 @@ class PollSet:
 
     closed: bool
     as_epoll: bool  # what others put into fileno(), an epoll, is told of by its number
+    as_selector: bool  # wait() tells EVENT_READ and EVENT_WRITE
     side_looks: int  # system calls made to look at the inner epoll
 
     def __init__(self) -> None: ...

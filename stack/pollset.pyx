@@ -30,6 +30,7 @@ from ulnet.stack.types cimport UL_READABLE
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum: EPOLLIN
+    enum: EPOLLOUT
     enum: EPOLLERR
     enum: EPOLLHUP
     enum: EPOLLET
@@ -54,8 +55,10 @@ cdef extern from "<poll.h>" nogil:
     short POLLIN
 
 cdef enum:
-    BURST = 64
+    BURST = 256                  # more than a ring holds: what is there is told of at once
     HITS = 64                    # room on the stack; for more it is allocated
+    EVENT_READ = 1               # as the selectors module has them
+    EVENT_WRITE = 2
 
 cdef int64_t SIDE_NS = 100000    # as in engine_wait
 
@@ -90,6 +93,21 @@ cdef class Part:
 
 cdef class Entry:
     """One registration."""
+
+    cdef int tell(self, uint32_t bits, bint as_selector, list out) except -1:
+        """Add to out that it is ready, by the pair of the last time if that says the same."""
+        cdef uint32_t events = bits
+        if bits != self.told_bits or self.told is None:
+            if as_selector:
+                # An error or a hang-up is for whoever reads and for whoever writes.
+                events = (EVENT_READ if bits & ~<uint32_t>EPOLLOUT and self.events & EPOLLIN else 0) | (
+                    EVENT_WRITE if bits & ~<uint32_t>EPOLLIN and self.events & EPOLLOUT else 0)
+                if not events:
+                    return 0
+            self.told = (self.data, events)
+            self.told_bits = bits
+        out.append(self.told)
+        return 0
 
 
 # The collector must not take the attributes before __dealloc__ has used them.
@@ -315,6 +333,7 @@ cdef class PollSet:
             self.register(what, events, data)
             return
         entry.data = data
+        entry.told = None
         if entry.events == events and not events & EPOLLONESHOT:
             return
         if entry.item != NULL:
@@ -331,6 +350,7 @@ cdef class PollSet:
         if rc < 0:
             fail(rc)
         entry.events = events
+        entry.told = None                  # by a wait meanwhile, of the events before
 
     def unregister(self, object what):
         """Take it out. FileNotFoundError: it is not there (a closed session never is)."""
@@ -380,6 +400,7 @@ cdef class PollSet:
         """What is ready, as [(data, epoll events), ...]: at once when something is, empty when the time is over.
 
         timeout_ns -1: for ever. 0 looks at the kernel's descriptors, too; with ``relaxed`` only every 100 us.
+        ``as_selector``: the events are EVENT_READ and EVENT_WRITE.
         Signal handlers run; what they raise ends the wait (PEP 475).
         """
         cdef poll_hit few[HITS]
@@ -432,7 +453,7 @@ cdef class PollSet:
             for i in range(n):
                 entry = self.by_key.get(hits[i].key)
                 if entry is not None:
-                    out.append((entry.data, hits[i].events))
+                    entry.tell(hits[i].events, self.as_selector, out)
             if hits != few:
                 free(hits)
                 hits = few
@@ -465,7 +486,7 @@ cdef class PollSet:
         for i in range(n):
             entry = self.by_key.get(hits[i].key)
             if entry is not None:
-                out.append((entry.data, hits[i].events))
+                entry.tell(hits[i].events, self.as_selector, out)
         if hits != few:
             free(hits)
         return n
@@ -500,11 +521,11 @@ cdef class PollSet:
             if key >> KEY_BIT_SHIFT:
                 entry = self.by_key.get(key & ~(<uint64_t>1 << KEY_BIT_SHIFT))
                 if entry is not None:
-                    out.append((entry.data, bits))
+                    entry.tell(bits, self.as_selector, out)
                 continue
             entry = self.by_fd.get(key)
             if entry is not None:
-                out.append((entry.data, bits))
+                entry.tell(bits, self.as_selector, out)
                 continue
             part = self.part_by_fd.get(key)
             if part is None and self.as_epoll:

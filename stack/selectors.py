@@ -49,6 +49,7 @@ class UlnetSelector(_std.BaseSelector):
 
     def __init__(self, *, relaxed: bool = False) -> None:
         self._events = PollSet()
+        self._events.as_selector = True
         self._relaxed = relaxed
         self._keys: dict[int, SelectorKey] = {}
         self._sessions: dict[int, Session] = {}
@@ -120,14 +121,7 @@ class UlnetSelector(_std.BaseSelector):
             timeout_ns = 0
         else:
             timeout_ns = int(timeout * 1e9) + 1
-        ready = []
-        for key, bits in self._open().wait(timeout_ns, -1, self._relaxed):
-            # An error or a hang-up is for whoever reads and for whoever writes.
-            events = (EVENT_READ if bits & ~_OUT else 0) | (EVENT_WRITE if bits & ~_IN else 0)
-            events &= key.events
-            if events:
-                ready.append((key, events))
-        return ready
+        return self._open().wait(timeout_ns, -1, self._relaxed)
 
     def close(self) -> None:
         """Forget everything. Twice is fine."""

@@ -6,9 +6,9 @@ so that no kernel call is under way on the pair, and do the decisive step under 
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.ref cimport Py_DECREF, PyObject
 from libc.errno cimport EAGAIN, EALREADY, EBADF, EINVAL, EISCONN, ENOMEM, ENOTCONN, EPROTOTYPE, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.unistd cimport close, read
 
@@ -51,7 +51,7 @@ cdef void moved(engine *e, ul_session *s) noexcept nogil:
     pollset_session_moved(e, s)
 
 
-cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u_fd, int *o_fd) noexcept nogil:
+cdef int shared_leave(engine *e, ul_session *s, PyObject **out, int *u_fd, int *o_fd) noexcept nogil:
     """From our own engine into the server. Lock held. 0 or a negative errno: nothing happened."""
     cdef readyfd *fd
     cdef uint8_t role = s.role
@@ -95,7 +95,7 @@ cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u
     rc = readyfd_surrender(fd, fresh or (fd.shown & (UL_RDHUP | UL_HUP) and role != ROLE_TCP))
     if rc == 0 and (role == ROLE_TCP or role == ROLE_UDP):
         s.fd = NULL                          # or it would be closed with the handle, which stays
-        rc = handover_export(e, s, out, n)
+        rc = handover_export(e, s, out)
         s.fd = fd
         if rc == 0:
             s.closing = 0
@@ -138,8 +138,8 @@ cdef int shared_leave(engine *e, ul_session *s, uint8_t **out, size_t *n, int *u
 cdef tuple shared_begin(Session session):
     cdef engine *e
     cdef ul_session *s
-    cdef uint8_t *out = NULL
-    cdef size_t n = 0
+    cdef PyObject *out = NULL
+    cdef object state = None
     cdef int u_fd = -1
     cdef int o_fd = -1
     cdef int rc
@@ -148,16 +148,16 @@ cdef tuple shared_begin(Session session):
         s = session.s
         with nogil:
             engine_lock(e)
-            rc = shared_leave(e, s, &out, &n, &u_fd, &o_fd)
+            rc = shared_leave(e, s, &out, &u_fd, &o_fd)
             engine_unlock(e)
         if rc < 0:
             fail(rc)
         if e.bufs.dead != NULL:
             session.engine.reap()
-        try:
-            return u_fd, o_fd, PyBytes_FromStringAndSize(<char *>out, n) if out != NULL else None
-        finally:
-            free(out)
+        if out != NULL:
+            state = <object>out
+            Py_DECREF(state)                 # the reference that came with it
+        return u_fd, o_fd, state
 
 
 cdef bytes take_rest(engine *e, ul_session *s):

@@ -231,7 +231,7 @@ class Sharing(Leasing):
                 (manager,) = message.take_fds()
                 if session.engine is not self.engine:
                     session.rebind(self.engine)
-                self._regain(session, manager, bytes(message.ool[0]) if message.ool else None)
+                self._regain(session, manager, memoryview(message.ool[0]) if message.ool else None)
         except OSError as error:
             self._asked[number] = seen
             if error.errno != errno.EBUSY:
@@ -242,7 +242,7 @@ class Sharing(Leasing):
         self.counters["promoted"] += 1
         return True
 
-    def _regain(self, session: Session, manager: int, state: bytes | None) -> None:
+    def _regain(self, session: Session, manager: int, state: bytes | memoryview | None) -> None:
         """The session is managed here again. Takes the descriptor over."""
         number = session.session_id
         listening = session.listening

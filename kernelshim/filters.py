@@ -46,11 +46,10 @@ _NOT_WHOLE = 0x3FFF  # IPv4: more fragments, or an offset
 _SKB_PKT_TYPE, _SKB_PROTOCOL, _SKB_VLAN_PRESENT, _SKB_IFINDEX = 4, 16, 20, 40
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _SKB_LOAD_BYTES_RELATIVE, _HDR_START_NET = 1, 2, 68, 1
 
-# Key of the flow map: raddr 16, laddr 16, rport, lport (big-endian), protocol, 3 zero bytes. IPv4 addresses as
-# ::ffff:a.b.c.d; no remote (unconnected UDP) is all zero.
-KEY_BYTES = 40
-_KEY = struct.Struct("!16s16sHHB3x")
-_MAPPED = b"\0" * 10 + b"\xff\xff"
+# Key of the flow map: remote address, local address, remote port, local port (big-endian), protocol, 3 zero bytes; no
+# remote (unconnected UDP) is all zero. It is hashed once or twice a packet, so it holds no more than is needed.
+KEY_BYTES = 16
+_KEY = struct.Struct("!4s4sHHB3x")
 
 
 class Flow(NamedTuple):
@@ -73,17 +72,17 @@ class Place(NamedTuple):
 
 def flow_key(flow: Flow) -> bytes:
     """The flow's key in the map."""
-    raddr = b"\0" * 16 if flow.raddr is None else _MAPPED + flow.raddr.packed
-    return _KEY.pack(raddr, _MAPPED + flow.laddr.packed, flow.rport, flow.lport, flow.proto)
+    raddr = bytes(4) if flow.raddr is None else flow.raddr.packed
+    return _KEY.pack(raddr, flow.laddr.packed, flow.rport, flow.lport, flow.proto)
 
 
 # ---- extended ----
 
 # Stack, from the frame pointer down.
-_AT_KEY, _AT_RADDR, _AT_LADDR, _AT_RPORT, _AT_LPORT, _AT_PROTO = -40, -40, -24, -8, -6, -4
-_AT_IP = -64  # 20 bytes
-_AT_INNER = -96  # 8 bytes of ICMP, 20 of the IP header it quotes
-_AT_INDEX = -104
+_AT_KEY, _AT_RADDR, _AT_LADDR, _AT_RPORT, _AT_LPORT, _AT_PROTO = -16, -16, -12, -8, -6, -4
+_AT_IP = -48  # 20 bytes, and 4 more, which are the ports where the header has no options
+_AT_INNER = -80  # 8 bytes of ICMP, 20 of the IP header it quotes
+_AT_INDEX = -88
 
 
 def _load_bytes(p: ExtendedProgram, to: int, count: int, short: str = "unknown") -> None:
@@ -108,36 +107,40 @@ def _header_length(p: ExtendedProgram, dst: int, at: int) -> None:
     p.jump_if("lt", dst, 20, "unknown")
 
 
-def _find_flow(p: ExtendedProgram, flows: Map) -> None:
+def _find_flow(p: ExtendedProgram, flows: Map, only_to: Place | None = None) -> None:
     """Fall through with r0 = address of the channel id; jump to ``unknown`` when no flow matches.
 
-    r6 must hold the context. Uses r7, r8.
+    ``only_to``: jump to ``drop`` unless the packet is to that address. r6 must hold the context. Uses r7, r8.
     """
     p.alu("mov", 2, 0)
-    _load_bytes(p, _AT_IP, 20)
-    _header_length(p, 7, _AT_IP)
+    _load_bytes(p, _AT_IP, 24)  # what has no 4 bytes behind its header has no ports either
+    p.load(4, 1, p.fp, _AT_IP + 16)
+    p.store(4, p.fp, _AT_LADDR, 1)
+    if only_to is not None:
+        _jump_unless_address(p, 1, only_to)
     p.load(2, 1, p.fp, _AT_IP + 6)
     p.alu("and", 1, socket.htons(_NOT_WHOLE))
     p.jump_if("ne", 1, 0, "unknown")
-    for at in range(_AT_KEY, 0, 8):
-        p.store_imm(8, p.fp, at, 0)
-    p.store_imm(2, p.fp, _AT_RADDR + 10, 0xFFFF)
-    p.store_imm(2, p.fp, _AT_LADDR + 10, 0xFFFF)
+    p.load(4, 1, p.fp, _AT_IP + 12)
+    p.store(4, p.fp, _AT_RADDR, 1)
+    p.store_imm(4, p.fp, _AT_PROTO, 0)
     p.load(1, 8, p.fp, _AT_IP + 9)
     p.jump_if("eq", 8, _ICMP, "icmp")
     p.jump_if("eq", 8, _TCP, "transport")
     p.jump_if("ne", 8, _UDP, "unknown")
     p.label("transport")
-    p.load(4, 1, p.fp, _AT_IP + 12)
-    p.store(4, p.fp, _AT_RADDR + 12, 1)
-    p.load(4, 1, p.fp, _AT_IP + 16)
-    p.store(4, p.fp, _AT_LADDR + 12, 1)
+    p.load(4, 1, p.fp, _AT_IP + 20)
+    p.store(4, p.fp, _AT_RPORT, 1)
+    p.load(1, 1, p.fp, _AT_IP)
+    p.jump_if("eq", 1, 0x45, "search")
+    _header_length(p, 7, _AT_IP)
     p.alu_reg("mov", 2, 7)
     _load_bytes(p, _AT_RPORT, 4)
     p.jump("search")
 
     # RFC 792: an error quotes the header of the packet it is about, which we sent: source is local.
     p.label("icmp")
+    _header_length(p, 7, _AT_IP)
     p.alu_reg("mov", 2, 7)
     _load_bytes(p, _AT_INNER, 28)
     p.load(1, 1, p.fp, _AT_INNER)
@@ -156,9 +159,9 @@ def _find_flow(p: ExtendedProgram, flows: Map) -> None:
     p.jump_if("ne", 8, _UDP, "unknown")
     p.label("quoted transport")
     p.load(4, 1, p.fp, _AT_INNER + 8 + 12)
-    p.store(4, p.fp, _AT_LADDR + 12, 1)
+    p.store(4, p.fp, _AT_LADDR, 1)
     p.load(4, 1, p.fp, _AT_INNER + 8 + 16)
-    p.store(4, p.fp, _AT_RADDR + 12, 1)
+    p.store(4, p.fp, _AT_RADDR, 1)
     _load_bytes(p, _AT_RPORT, 4)
     p.load(2, 1, p.fp, _AT_RPORT)
     p.load(2, 2, p.fp, _AT_LPORT)
@@ -169,8 +172,7 @@ def _find_flow(p: ExtendedProgram, flows: Map) -> None:
     p.store(1, p.fp, _AT_PROTO, 8)
     _look_up(p, flows, _AT_KEY)
     p.jump_if("ne", 0, 0, "found")
-    p.store_imm(8, p.fp, _AT_RADDR, 0)
-    p.store_imm(8, p.fp, _AT_RADDR + 8, 0)
+    p.store_imm(4, p.fp, _AT_RADDR, 0)
     p.store_imm(2, p.fp, _AT_RPORT, 0)
     _look_up(p, flows, _AT_KEY)
     p.jump_if("eq", 0, 0, "unknown")
@@ -196,10 +198,10 @@ def _only_ours(p: ExtendedProgram, place: Place, broadcast: bool) -> None:
     p.label("ours")
 
 
-def _only_to(p: ExtendedProgram, place: Place, otherwise: str = "drop") -> None:
-    """Jump to ``drop`` unless it is to our address; to ``otherwise`` unless it is IPv4."""
+def _only_to(p: ExtendedProgram, place: Place) -> None:
+    """Jump to ``drop`` unless it is IPv4 to our address."""
     p.load(4, 1, 6, _SKB_PROTOCOL)
-    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), otherwise)
+    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "drop")
     p.alu("mov", 2, 16)
     _load_bytes(p, _AT_IP, 4, "drop")
     p.load(4, 1, p.fp, _AT_IP)
@@ -258,8 +260,9 @@ def extended_channel_filter(place: Place, flows: Map, places: Map, channel_id: i
     p = ExtendedProgram()
     p.alu_reg("mov", 6, 1)
     _only_ours(p, place, broadcast=False)
-    _only_to(p, place, "not IPv4")
-    _find_flow(p, flows)
+    p.load(4, 1, 6, _SKB_PROTOCOL)
+    p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "not IPv4")
+    _find_flow(p, flows, only_to=place)
     p.load(4, 1, 0, 0)
     p.jump_if("ne", 1, channel_id, "drop")
     p.exit(_ACCEPT)

@@ -84,6 +84,9 @@ _PRIORITY = -300  # before whatever else filters here: cheapest for what is drop
 # How nft(8) names the key when it lists the set: mark . ipv4_addr . inet_proto . inet_service, 6 bits each.
 _KEY_TYPE = 19 << 18 | 7 << 12 | 12 << 6 | 13
 _KEY_BYTES = 16
+# With a bound the kernel takes a table of fixed size, which is looked up faster than one that grows. As many as TCP and
+# UDP have ports: an endpoint of several channels (SO_REUSEPORT) counts for each. 2 MiB.
+_SET_MAX = 1 << 17
 # One transaction must fit the socket's send buffer, one element list an attribute (64 KiB).
 _ELEMENTS_PER_BATCH = 1000
 
@@ -359,6 +362,7 @@ class Guard:
             _be32(3, 0),
             _be32(4, _KEY_TYPE),
             _be32(5, _KEY_BYTES),
+            _nest(9, _be32(1, _SET_MAX)),
             _be32(10, _SET_ID),
         )
 
@@ -408,17 +412,16 @@ class Guard:
             # The sender chooses skb->protocol (sll_protocol of sendto), and with it where the kernel takes the
             # network header to be. So the type in the frame must be IPv4, and the kernel must think so, too.
             # (Under QDISC_BYPASS a claimed type leaves the kernel without the frame's: no match, so refused.)
-            _payload(_PAYLOAD_LL, 12, 2),
-            _compare(_ETH_P_IP),
+            # Version 4, no options: source routing is not for channels, and ports stand at a fixed place. (That byte
+            # follows the type, and the kernel reads link-layer bytes the slow way, so they are read together.)
+            _payload(_PAYLOAD_LL, 12, 3),
+            _compare(_ETH_P_IP + b"\x45"),
             _meta(Meta.NFT_META_PROTOCOL),
             _compare(_ETH_P_IP),
-            # Version 4, no options: source routing is not for channels, and ports stand at a fixed place.
-            _payload(_PAYLOAD_NETWORK, 0, 1),
-            _compare(b"\x45"),
-            # Fragments but the first have no ports to check.
-            _payload(_PAYLOAD_NETWORK, 6, 2),
-            _masked(b"\x1f\xff"),
-            _compare(b"\0\0"),
+            # Fragments but the first have no ports to check. (Four bytes: the kernel has no short way to mask two.)
+            _payload(_PAYLOAD_NETWORK, 4, 4),
+            _masked(b"\0\0\x1f\xff"),
+            _compare(bytes(4)),
             _meta(Meta.NFT_META_MARK, 0),
             _payload(_PAYLOAD_NETWORK, 12, 4, 1),
             _payload(_PAYLOAD_NETWORK, 9, 1, 2),

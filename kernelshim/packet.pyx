@@ -1,4 +1,4 @@
-"""A packet socket as a link: receive from the ring the kernel fills, send with one gathered call.
+"""A packet socket as a link: receive from the ring the kernel fills, send with one call.
 
 Call order: the server makes and confines the socket (channel.py, demux.py), hands its descriptor over,
 ``PacketLink`` maps the ring. Read first: Documentation/networking/packet_mmap.rst, linux/virtio_net.h.
@@ -31,6 +31,9 @@ cdef extern from "<sys/socket.h>" nogil:
         size_t msg_controllen
         int msg_flags
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    struct sockaddr:
+        pass
+    ssize_t sendto(int fd, const void *data, size_t length, int flags, const sockaddr *to, unsigned int to_bytes)
     ssize_t recvmsg(int fd, msghdr *message, int flags)
     int getsockopt(int fd, int level, int name, void *value, unsigned int *length)
     enum:
@@ -95,11 +98,13 @@ cdef extern from *:
     """
     static inline unsigned pk_load(const unsigned *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void pk_store(unsigned *p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline void pk_give(unsigned *p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline int pk_swap(unsigned *p, unsigned from, unsigned to)
     { return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); }
     """
     unsigned pk_load(const unsigned *p) noexcept nogil
     void pk_store(unsigned *p, unsigned v) noexcept nogil
+    void pk_give(unsigned *p, unsigned v) noexcept nogil       # reads of the frame come before; nothing waits for it
     bint pk_swap(unsigned *p, unsigned old, unsigned new) noexcept nogil
 
 cdef enum:
@@ -113,6 +118,7 @@ cdef enum:
     VNET_BYTES = 10             # sizeof(struct virtio_net_hdr), what PACKET_VNET_HDR puts before a frame
     ETH_BYTES = 14
     PIECES_MAX = 18
+    JOIN_BYTES = 2048   # frames up to this are put together here: the kernel takes one piece faster than several
     IPC_BUFFER_BYTES = 65536 + 64
     FEATURES = UL_LINK_CSUM | UL_LINK_TSO | UL_LINK_USO | UL_LINK_UFO
 
@@ -131,7 +137,8 @@ cdef inline void to_kernel(pk_ctx *c, uint32_t slot) noexcept nogil:
         pk_store(&slot_hdr(c, slot).tp_status, PK_BARRIER)
         c.barrier_own = 1
     else:
-        pk_store(&slot_hdr(c, slot).tp_status, TP_STATUS_KERNEL)
+        # Not the ordered store: that one waits until the line has come back from the processor that fills the ring.
+        pk_give(&slot_hdr(c, slot).tp_status, TP_STATUS_KERNEL)
 
 
 cdef inline void clear_soft(pk_ctx *c) noexcept nogil:
@@ -373,11 +380,14 @@ cdef void ipc_release(void *ctx, uint32_t slot) noexcept nogil:
 cdef int pk_send(void *ctx, const ul_tx *t) noexcept nogil:
     cdef pk_ctx *c = <pk_ctx *>ctx
     cdef virtio_net_hdr vnet
+    cdef uint8_t joined[JOIN_BYTES + 16]
     cdef iovec iov[PIECES_MAX + 1]
     cdef msghdr message
     cdef sockaddr_ll *to
     cdef const uint8_t *eth
-    cdef int code
+    cdef size_t at
+    cdef ssize_t sent
+    cdef int i, code
     if c.fd < 0:
         return -EBADF
     if t.iov_count < 1 or t.iov_count > PIECES_MAX or t.iov[0].iov_len < ETH_BYTES:
@@ -395,22 +405,34 @@ cdef int pk_send(void *ctx, const ul_tx *t) noexcept nogil:
     vnet.gso_size = t.gso_size_bytes if vnet.gso_type else 0
     vnet.csum_start = t.csum_start if vnet.flags else 0
     vnet.csum_offset = t.csum_offset if vnet.flags else 0
-    iov[0].iov_base = &vnet
-    iov[0].iov_len = VNET_BYTES
-    memcpy(&iov[1], t.iov, t.iov_count * sizeof(iovec))
     eth = <const uint8_t *>t.iov[0].iov_base
     # An all-zero destination means this very host (link.pxd).
     to = &c.to_device if eth[0] | eth[1] | eth[2] | eth[3] | eth[4] | eth[5] else &c.to_loopback
     memcpy(&to.sll_protocol, eth + 12, 2)
-    message.msg_name = to
-    message.msg_namelen = sizeof(sockaddr_ll)
-    message.msg_iov = iov
-    message.msg_iovlen = t.iov_count + 1
-    message.msg_control = NULL
-    message.msg_controllen = 0
-    message.msg_flags = 0
     c.syscalls += 1
-    if sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0:
+    if t.len_bytes <= JOIN_BYTES:
+        memcpy(joined, &vnet, VNET_BYTES)
+        at = VNET_BYTES
+        for i in range(t.iov_count):
+            if at + t.iov[i].iov_len > sizeof(joined):
+                c.tx_errno[EINVAL] += 1
+                return -EINVAL              # len_bytes is not the sum of the pieces
+            memcpy(joined + at, t.iov[i].iov_base, t.iov[i].iov_len)
+            at += t.iov[i].iov_len
+        sent = sendto(c.fd, joined, at, MSG_DONTWAIT | MSG_NOSIGNAL, <const sockaddr *>to, sizeof(sockaddr_ll))
+    else:
+        iov[0].iov_base = &vnet
+        iov[0].iov_len = VNET_BYTES
+        memcpy(&iov[1], t.iov, t.iov_count * sizeof(iovec))
+        message.msg_name = to
+        message.msg_namelen = sizeof(sockaddr_ll)
+        message.msg_iov = iov
+        message.msg_iovlen = t.iov_count + 1
+        message.msg_control = NULL
+        message.msg_controllen = 0
+        message.msg_flags = 0
+        sent = sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+    if sent < 0:
         code = errno
         c.tx_errno[code if 0 < code < PK_ERRNO_MAX else 0] += 1
         return -code

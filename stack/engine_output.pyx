@@ -1,6 +1,6 @@
 """Output: how a segment, datagram or message of ours becomes a frame, and which way it goes.
 
-Headers are built on the C stack and sent with the payload where it lies: one gathered send a (super-)segment.
+Headers are built on the C stack and sent with the payload where it lies: one send call a (super-)segment.
 """
 
 from libc.errno cimport EAGAIN, EHOSTUNREACH, EMSGSIZE, ENETUNREACH, ENOBUFS

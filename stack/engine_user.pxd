@@ -47,5 +47,14 @@ cdef Py_ssize_t user_sendto(engine *e, ul_session *s, const uint8_t *data, size_
 # Datagrams in order, *done of them are out: none twice when called again. 0, or why not all of them.
 cdef int user_send_dgrams(engine *e, ul_session *s, const user_dgram *items, uint32_t count, int64_t deadline_ns,
                           uint32_t *done) noexcept nogil
+# The same for little data, with the GIL held, which costs more to give away and take back than to keep for so short:
+# True if *rc is the answer. They never wait; False (the lock is another's, or there is something to wait for): call the
+# one above, which goes on from *done.
+cdef enum:
+    USER_LITTLE_BYTES = 4096
+cdef bint user_send_at_once(engine *e, ul_session *s, const uint8_t *data, size_t n, bint all, size_t *done,
+                            Py_ssize_t *rc) noexcept nogil
+cdef bint user_sendto_at_once(engine *e, ul_session *s, const uint8_t *data, size_t n, const ul_addr *dst,
+                              uint16_t dport, const user_meta *meta, Py_ssize_t *rc) noexcept nogil
 cdef int user_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, uint32_t *ready) noexcept nogil
 cdef int user_shutdown(engine *e, ul_session *s, int how) noexcept nogil

@@ -16,7 +16,7 @@ from ulnet.stack.engine_core cimport (
 )
 from ulnet.stack.engine_output cimport emit_udp, emit_udp_train, udp_mtu
 from ulnet.stack.engine_polls cimport polls_show
-from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_unlock, engine_wait
+from ulnet.stack.engine_wait cimport engine_left, engine_lock, engine_trylock, engine_unlock, engine_wait
 from ulnet.stack.stamps cimport STAMP_READY, STAMP_TRANSPORT_OUT, stamp
 from ulnet.stack.tcp cimport (
     tcp_read, tcp_read_seg, tcp_shutdown, tcp_state, tcp_wants_output, tcp_write, tcp_write_hold, tcp_write_seg,
@@ -461,6 +461,56 @@ cdef int user_send_dgrams(engine *e, ul_session *s, const user_dgram *items, uin
         session_touch(e, s)
     leave(e, s)
     return rc
+
+
+cdef bint user_send_at_once(engine *e, ul_session *s, const uint8_t *data, size_t n, bint all, size_t *done,
+                            Py_ssize_t *rc) noexcept nogil:
+    cdef Py_ssize_t got
+    if n == 0 or n > USER_LITTLE_BYTES or not engine_trylock(e):
+        return False
+    if s.role != ROLE_TCP or s.closing:
+        engine_unlock(e)
+        return False
+    session_ref(s)
+    engine_tick(e)
+    stamp(STAMP_TRANSPORT_OUT)
+    got = tcp_write(&e.env, s.tcp, data, n)
+    if got != -EAGAIN:
+        session_touch(e, s)                # taken, or the error was
+    leave(e, s)
+    if got > 0:
+        done[0] += got
+    rc[0] = got
+    return got != -EAGAIN and (got < 0 or not all or done[0] == n)
+
+
+cdef bint user_sendto_at_once(engine *e, ul_session *s, const uint8_t *data, size_t n, const ul_addr *dst,
+                              uint16_t dport, const user_meta *meta, Py_ssize_t *rc) noexcept nogil:
+    cdef user_dgram item
+    cdef const ul_addr *to
+    cdef uint16_t port
+    cdef int sent
+    if n > USER_LITTLE_BYTES or not engine_trylock(e):
+        return False
+    item.data = data
+    item.len_bytes = n
+    item.named = dst != NULL
+    item.meta = meta
+    if dst != NULL:
+        item.dst = dst[0]
+        item.dport = dport
+    to = dgram_to(s, &item, &port)
+    if s.role != ROLE_UDP or s.closing or s.shut_wr or s.udp.so_error or port == 0 or addr_is_zero(to):
+        engine_unlock(e)                   # nothing that is done every day
+        return False
+    session_ref(s)
+    engine_tick(e)
+    sent = send_one(e, s, &item, to, port)
+    if s.stat != NULL or sent < 0:
+        session_touch(e, s)
+    leave(e, s)
+    rc[0] = <Py_ssize_t>n if sent == 0 else sent
+    return sent != -EAGAIN
 
 
 cdef int user_wait(engine *e, ul_session *s, uint32_t want, int64_t deadline_ns, uint32_t *ready) noexcept nogil:

@@ -4,8 +4,9 @@ Whoever waits first drives: it polls the link for ``spin_ns``, then sleeps in po
 released. Others sleep on their own condition until the driver finds something for them, or leaves
 and promotes one of them. The helper thread drives only while no caller does. Its states:
 
-    NAPS     callers were active a moment ago: look again in 2 ms. (Were it asleep in poll(2) instead,
-             each arriving frame would pay for waking it while a caller is already polling the ring.)
+    NAPS     callers were active a moment ago: look again in 2 ms, or in 8 ms at most while they go on. (Were it
+             asleep in poll(2) instead, each arriving frame would pay for waking it while a caller is already
+             polling the ring.)
     SLEEPS   a caller drives and is itself asleep in poll(2): it signals the helper when it leaves.
     POLLS    nobody else is here: it drives, asleep in poll(2). A caller that wants to spin sends it to nap.
 
@@ -95,6 +96,7 @@ cdef enum:
     LOOK_ON = 2                  # judge: nothing yet
 
 cdef int64_t NAP_NS = 2000000
+cdef int64_t NAP_MAX_NS = 8000000    # each look takes the lock, and the processor from a caller that shares it
 cdef int64_t SIDE_NS = 100000    # a busy engine lets kernel descriptors wait no longer than this for a look
 cdef int64_t LONG_NS = 10000000  # a shorter sleep ends soon enough for a signal that came before it
 
@@ -228,7 +230,7 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns, wait_side *side
     fds[2].events = POLLIN
     fds[2].revents = 0
     if until_ns != INT64_MAX:
-        left = until_ns - clock_now()
+        left = until_ns - e.now_ns         # read a moment ago, by the poll that found nothing
         if left < 0:
             left = 0
         ts.tv_sec = left // 1000000000
@@ -269,7 +271,8 @@ cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcep
     cdef int64_t until
     cdef int rc
     while True:
-        if engine_spin(e, BURST):
+        # Who does not spin looks once; eight looks, with pauses, are for those who come straight back.
+        if engine_spin(e, BURST) if e.spin_ns else engine_poll(e, BURST):
             spin_until = e.now_ns + e.spin_ns
         elif spin_until == 0:
             spin_until = e.now_ns + e.spin_ns
@@ -452,6 +455,7 @@ cdef void waiter_unlist(engine *e, waiter *w) noexcept nogil:
 cdef void helper_run(engine *e) noexcept nogil:
     cdef timespec ts
     cdef int64_t until
+    cdef int64_t nap = NAP_NS
     cdef uint64_t seen
     engine_lock(e)
     e.helper = HELPER_NAPS
@@ -472,12 +476,14 @@ cdef void helper_run(engine *e) noexcept nogil:
                 break
         if e.driving or not e.watched:
             # Callers were here a moment ago? Then nap, and look whether they were again.
-            until = clock_now() + NAP_NS
+            until = clock_now() + nap
             ts.tv_sec = until // 1000000000
             ts.tv_nsec = until % 1000000000
             pthread_cond_timedwait(&e.helper_cond, &e.lock, &ts)
             if e.driving or e.activity != seen:
+                nap = min(2 * nap, NAP_MAX_NS)
                 continue
+        nap = NAP_NS
         if e.bufs.dead != NULL:
             break                          # held objects wait for their decref
         # Nobody: drive until a caller takes over.

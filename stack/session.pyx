@@ -19,7 +19,8 @@ from ulnet.stack.engine_core cimport (
 )
 from ulnet.stack.engine_user cimport (
     USER_DONTWAIT, USER_RESOLVE, user_dgram, user_meta, user_recv, user_recv_seg, user_recv_segs, user_recvfrom,
-    user_send, user_send_dgrams, user_send_seg, user_sendto, user_shutdown, user_wait,
+    user_send, user_send_at_once, user_send_dgrams, user_send_seg, user_sendto, user_sendto_at_once, user_shutdown,
+    user_wait,
 )
 from ulnet.stack.engine_wait cimport engine_lock, engine_trylock, engine_unlock, helper_wake
 from ulnet.stack.readyfd cimport readyfd_blocking, readyfd_new, readyfd_reserve, readyfd_show, readyfd_steer
@@ -305,10 +306,11 @@ cdef class Session:
         cdef ul_session *s = self.s
         cdef void *held = NULL if owner is None else <void *>owner
         cdef Py_ssize_t got
-        cdef int64_t deadline
-        with nogil:
-            deadline = deadline_of(timeout_ns)
-            got = user_send(e, s, data, n, held, all, deadline, done)
+        cdef int64_t deadline = 0            # what is sent at once asks for none
+        if not user_send_at_once(e, s, data, n, all, done, &got):
+            with nogil:
+                deadline = deadline_of(timeout_ns)
+                got = user_send(e, s, data, n, held, all, deadline, done)
         while got == -EINTR or got == -USER_SHARED:
             if got == -USER_SHARED:
                 got = shared_send(self, data, n, all, deadline, done)
@@ -345,6 +347,10 @@ cdef class Session:
         cdef ul_session *s = self.s
         cdef Py_ssize_t got
         cdef int64_t deadline
+        if user_sendto_at_once(e, s, data, n, dst, dport, meta, &got):
+            if got < 0:
+                raise_timed(got, timeout_ns)
+            return got
         if flags & USER_DONTWAIT:
             timeout_ns = 0
         deadline = deadline_of(timeout_ns)

@@ -87,7 +87,6 @@ def measure(
                 document["targets"] = targets.measure(
                     context, lambda name, share: step(name, part + share * (1 - part))
                 )
-                document["notes"].append(targets.LEFT_OUT)
             for row in grid.rows:
                 if row.key in grid.skipped and not row.missing():
                     document["notes"].append(f"{row.name}: gave up: {grid.skipped[row.key]}.")

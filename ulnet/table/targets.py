@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ulnet.stack import checksum
-from ulnet.table import features
+from ulnet.table import features, peers
 from ulnet.table.bed import Bed, MeasureError
 from ulnet.table.ends import page_bytes
 from ulnet.table.measure import Budget, Table, bulk_bytes, paired_ratio, quartiles, twice
 from ulnet.table.report import number
 from ulnet.table.rows import BLOCKING, BUFFER_IPF, COLUMN, IPF, SERVER, SHM, SPINNING
 
-LEFT_OUT = "Not compared: lwIP and PyTCP, which this command does not bring along."
 REQUEST_CONNECTIONS, CHANNELS, SESSIONS = 1000, 2048, 10_000  # what the targets speak of
 HOLD_AT_ONCE = 50
 TURNS_MIN = 3
@@ -246,6 +245,38 @@ def placement(context: Context) -> Outcome:
     return Outcome(paired_ratio(found["server"], found["library"]), how, _pairs(found["server"], found["library"]))
 
 
+# -- other user-level stacks ------------------------------------------------------------------------
+
+
+def _other(context: Context, other: peers.Other, what: str) -> Outcome:
+    """The library from Python, sendall and recv_into, to another stack with its own interface at both ends."""
+    budget = context.budget
+    share = min(1.0, (budget.trips / 2000) if what == "rtt" else budget.bulk_s / 0.4)
+    amount = max(10, int((other.trips if what == "rtt" else other.bulk_bytes) * share))
+    ours = _trips(context, IPF.api, "tcp", spin=True) if what == "rtt" else _bulk(context, IPF.api)
+    found = _turns(context, {"theirs": lambda: other.measure(context.bed, what, amount), "ours": ours})
+    unit, scale = ("us", 1.0) if what == "rtt" else ("Mbit/s", 1000.0)
+    mine, theirs = ([value * scale for value in found[side]] for side in ("ours", "theirs"))
+    how = _against(mine, theirs, unit)
+    return Outcome(paired_ratio(found["ours"], found["theirs"]), how, _pairs(found["ours"], found["theirs"]))
+
+
+def lwip_trip(context: Context) -> Outcome:
+    return _other(context, peers.LWIP, "rtt")
+
+
+def lwip_bulk(context: Context) -> Outcome:
+    return _other(context, peers.LWIP, "bulk")
+
+
+def pytcp_trip(context: Context) -> Outcome:
+    return _other(context, peers.PYTCP, "rtt")
+
+
+def pytcp_bulk(context: Context) -> Outcome:
+    return _other(context, peers.PYTCP, "bulk")
+
+
 # -- many of something -----------------------------------------------------------------------------
 
 
@@ -411,6 +442,10 @@ TARGETS = (
     Target("batches", "UDP 64 B datagrams a second, batch calls", "", 8, 20, datagram_batches, low=False),
     Target("requests", "1 KiB requests over many connections, one thread each end", "", 2, 4, requests, low=False),
     Target("connections", "connect, one exchange, close, a second", "", 0.7, 1.0, connections, low=False),
+    Target("lwip", "TCP 1 B round trip, to lwIP (C, spinning) on the same link", "", 1.0, None, lwip_trip),
+    Target("lwip-bulk", "bulk TCP, to lwIP", "", 1.0, None, lwip_bulk, low=False),
+    Target("pytcp", "TCP 1 B round trip, to PyTCP on the same link", "", 1.0, None, pytcp_trip),
+    Target("pytcp-bulk", "bulk TCP, to PyTCP", "", 1.0, None, pytcp_bulk, low=False),
     Target("placement", "server placement to library placement, 1 B round trip", "2.5", None, None, placement),
     Target("channels", "round trip with 2,048 channels, to one", "", 1.3, None, many_channels),
     Target("sessions", "round trip with 10,000 sessions in one channel", "", 1.1, None, many_sessions),

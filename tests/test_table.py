@@ -121,7 +121,8 @@ def test_verdicts() -> None:
     assert (low.meets(0.5, low.target), low.meets(0.51, low.target)) == (True, False)
     assert (high.meets(2.0, high.target), high.meets(1.9, high.target)) == (True, False)
     assert low.meets(None, 0.5) is None
-    assert len({target.key for target in targets.TARGETS}) == len(targets.TARGETS) == 21
+    every = targets.TARGETS + targets.LOSS_TARGETS
+    assert len({target.key for target in every}) == len(every) == 26
 
 
 # -- stamps ----------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ def test_command(tmp_path: Path) -> None:
     assert table["cells"]["kernel-spinning"]["tcp1"]["ratio"] == 1
     assert table["cells"]["kernel-blocking"]["bulk"]["ratio"] == 1
     found = {target["key"]: target for target in document["targets"]}
-    assert list(found) == [target.key for target in targets.TARGETS]
+    assert list(found) == [target.key for target in targets.TARGETS + targets.LOSS_TARGETS]
     for target in found.values():
         assert target["value"] is None or target["value"] > 0 or target["key"] == "memory", target
         assert target["how"], target

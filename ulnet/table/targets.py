@@ -399,6 +399,83 @@ def checksums(context: Context) -> Outcome:
     return Outcome(min(ratios.values()), how)
 
 
+# -- with loss: on a bed of its own, through a host that loses frames (Bed(lossy=True)) ----------------
+
+LOSE_ONE_IN = 100
+
+
+def _lossy(context: Context, sides: dict[str, Callable[[], float]], share: float = 2.0) -> dict[str, list[float]]:
+    context.bed.hop.lose(LOSE_ONE_IN)
+    try:
+        return _turns(context, sides, share)
+    finally:
+        context.bed.hop.lose(0)
+
+
+def _compared(found: dict[str, list[float]], how: str) -> Outcome:
+    return Outcome(paired_ratio(found["ulnet"], found["kernel"]), how, _pairs(found["ulnet"], found["kernel"]))
+
+
+def loss_tcp_trip(context: Context) -> Outcome:
+    command = {"op": "trips-for", "proto": "tcp", "seconds": context.budget.target_s / 3}
+
+    def mean(api: str) -> Callable[[], float]:
+        return lambda: float(context.bed.once(command, api)["mean_us"])
+
+    found = _lossy(context, {"kernel": mean("kernel"), "ulnet": mean(IPF.api)})
+    return _compared(found, f"mean {_against(found['ulnet'], found['kernel'], 'us')}, retransmissions included")
+
+
+def loss_udp_trip(context: Context) -> Outcome:
+    command = {"op": "trips-for", "proto": "udp", "seconds": context.budget.target_s / 6}
+    gone = {"kernel": [0, 0], IPF.api: [0, 0]}
+
+    def median(api: str) -> Callable[[], float]:
+        def side() -> float:
+            figures = context.bed.once(command, api)
+            gone[api][0] += figures["lost"]
+            gone[api][1] += figures["sent"]
+            return float(figures["us"])
+
+        return side
+
+    found = _lossy(context, {"kernel": median("kernel"), "ulnet": median(IPF.api)}, 1.0)
+    lost = [f"{100 * lost / max(1, sent):.1f} %" for lost, sent in (gone[IPF.api], gone["kernel"])]
+    how = f"median of those answered {_against(found['ulnet'], found['kernel'], 'us')}; no answer: {lost[0]}, {lost[1]}"
+    return _compared(found, how)
+
+
+def _loss_bulk(context: Context) -> Outcome:
+    size = max(4, round(64 * min(1.0, context.budget.bulk_s / 0.4))) << 20
+    command = {"op": "bulk", "proto": "tcp", "bytes": size}
+
+    def rate(api: str) -> Callable[[], float]:
+        return lambda: float(context.bed.once(command, api)["gbit"])
+
+    found = _lossy(context, {"kernel": rate("kernel"), "ulnet": rate(IPF.api)})
+    return _compared(found, _against(found["ulnet"], found["kernel"], "Gbit/s") + " with CUBIC, SACK and RACK")
+
+
+def loss_bulk(context: Context) -> Outcome:
+    return _loss_bulk(context)
+
+
+def loss_bulk_no_offload(context: Context) -> Outcome:
+    with context.bed.no_offload():
+        return _loss_bulk(context)
+
+
+def loss_requests(context: Context) -> Outcome:
+    count = min(100, context.budget.connections)
+    command = {"op": "requests", "count": count, "seconds": max(0.1, context.budget.target_s / 4)}
+
+    def rate(api: str) -> Callable[[], float]:
+        return lambda: float(context.bed.once(command, api)["rate"])
+
+    found = _lossy(context, {"kernel": rate("kernel"), "ulnet": rate(IPF.api)})
+    return _compared(found, f"{count} connections: {_against(found['ulnet'], found['kernel'], 'answers/s')}")
+
+
 # -- the targets -----------------------------------------------------------------------------------
 
 
@@ -451,6 +528,21 @@ TARGETS = (
     Target("sessions", "round trip with 10,000 sessions in one channel", "", 1.1, None, many_sessions),
     Target("memory", "memory of an idle session, library and server", "", 6, 3, session_memory, unit="KiB"),
     Target("checksum", "Internet checksum, to a C loop over 16-bit words", "", 10, None, checksums, low=False),
+)
+LOSS_TARGETS = (
+    Target("loss-tcp1", "1 % loss: TCP 1 B round trip", "", 1.2, 0.5, loss_tcp_trip),
+    Target("loss-udp1", "1 % loss: UDP 1 B round trip", "", 0.85, 0.5, loss_udp_trip),
+    Target("loss-bulk", "1 % loss of 64 KiB segments: bulk TCP", "", 0.5, 1.0, loss_bulk, low=False),
+    Target(
+        "loss-bulk-plain-wire",
+        "1 % loss of frames: bulk TCP, offloads off",
+        "",
+        0.5,
+        1.0,
+        loss_bulk_no_offload,
+        low=False,
+    ),
+    Target("loss-requests", "1 % loss: 1 KiB requests", "", 1.0, 2, loss_requests, low=False),
 )
 
 

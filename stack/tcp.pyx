@@ -5,6 +5,7 @@
 from libc.errno cimport EAGAIN, EINVAL, EISCONN, ENOMEM, ENOPROTOOPT, ENOTCONN, EPIPE
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from ulnet.kernelshim.fastpaths cimport fast_from_bytes
 from ulnet.stack.buf cimport (
     rxq_clear, rxq_drop, rxq_read, rxq_take, rxseg, rxseg_free, txq_append_copy, txq_append_hold, txq_append_seg,
     txq_clear,
@@ -44,6 +45,8 @@ cdef enum:
     OPT_KEEPCNT = 6
     OPT_QUICKACK = 12
     OPT_USER_TIMEOUT = 18
+
+cdef uint32_t hold_from_bytes = fast_from_bytes(HOLD_FROM_BYTES)
 
 
 # ---- life ----
@@ -244,14 +247,14 @@ cdef Py_ssize_t tcp_write(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, size_
 
 cdef Py_ssize_t tcp_write_hold(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, size_t n, object owner):
     cdef Py_ssize_t room
-    if n < HOLD_FROM_BYTES:
+    if n < hold_from_bytes:
         return tcp_write(env, pcb, data, n)
     room = room_to_write(pcb)
     if room < 0:
         return room
     if n > <size_t>room:
         n = <size_t>room
-    if n < HOLD_FROM_BYTES:
+    if n < hold_from_bytes:
         return tcp_write(env, pcb, data, n)
     if txq_append_hold(env.bufs, &pcb.snd, data, n, owner) < 0:
         return -ENOMEM
@@ -263,7 +266,7 @@ cdef Py_ssize_t tcp_write_seg(tcp_env *env, tcp_pcb *pcb, rxseg *seg, uint32_t n
     cdef Py_ssize_t room = room_to_write(pcb)
     if room < 0:
         return room
-    if n < HOLD_FROM_BYTES:
+    if n < hold_from_bytes:
         if n and txq_append_copy(env.bufs, &pcb.snd, seg.data, n) < 0:
             return -ENOMEM
         rxseg_free(env.bufs, seg)

@@ -17,7 +17,7 @@ from ulnet.stack.tcp_input cimport tcp_icmp_arrives, tcp_segment_arrives, tcp_sy
 from ulnet.stack.tcp_isn cimport tcp_isn_of
 from ulnet.stack.tcp_migrate cimport FROZEN_BYTES_MAX, tcp_freeze, tcp_freeze_remains, tcp_frozen_bytes, tcp_thaw
 from ulnet.stack.tcp_output cimport tcp_output_run, tcp_refuse_build, tcp_send_bare
-from ulnet.stack.tcp_recovery cimport TCP_REC_NEWRENO, tcp_rec_start
+from ulnet.stack.tcp_recovery cimport TCP_REC_NEWRENO, tcp_rec_end, tcp_rec_start
 from ulnet.stack.tcp_rtt cimport tcp_rto, tcp_rtt_init
 from ulnet.stack.tcp_timer cimport TCP_FIN_WAIT_2_NS, tcp_arm_keepalive, tcp_done, tcp_timers_run
 from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE
@@ -82,6 +82,8 @@ cdef tcp_pcb *tcp_new(tcp_env *env, const tcp_config *cfg, void *owner) noexcept
     bound_by_ring(env, pcb)
     pcb.ts_offset = cfg.ts_offset
     pcb.flags = TF_TS | TF_WSCALE
+    if not cfg.no_sack:
+        pcb.flags |= TF_SACK
     if cfg.nodelay:
         pcb.flags |= TF_NODELAY
     if cfg.keepalive:
@@ -106,6 +108,7 @@ cdef void tcp_free(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     txq_clear(env.bufs, &pcb.snd)
     rxq_clear(env.bufs, &pcb.rcv)
     rxq_clear(env.bufs, &pcb.ooo)
+    tcp_rec_end(&pcb.rec)
     free(pcb)
 
 

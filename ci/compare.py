@@ -143,7 +143,11 @@ def built(base: str) -> Iterator[Path]:
         tree = Path(folder) / "base"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, base], cwd=ROOT, check=True)
         try:
-            subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True)
+            print(f"compare: building {base} (a minute or two)", flush=True)
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            build = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+            if build.returncode != 0:
+                raise SystemExit(f"compare: {base} does not build:\n{build.stderr}")
             yield tree
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)

@@ -1,10 +1,12 @@
 # Each target builds what it needs: a virtual environment in .venv with the package in it, compiled in place.
 #   make demo    the main job on real traffic, on two test hosts made for it
-#   make test    the tests
+#   make test    the tests, and a short part of the benchmarks once, untimed
+#   make test-fast-off, make test-fast-on   the same with every fast path forced off, or on (kernelshim/fastpaths.pyx)
 #   make conformance   CPython's own socket tests over a real link, against the kernel's stack and against itself
 #   make programs  real programs by `ulnet run`, each compared with itself on kernel sockets
 #   make soak    the long forms of some tests: a gibibyte each way, ten thousand forks, long random walks
 #   make bench   the benchmark suite (needs quiet processors); make history shows the runs so far
+#   make compare BASE=...   times, and instructions by callgrind, against another revision, in turn
 #   make counts  exact counts of system calls, frames and copies on the hot path
 #   make lint    ruff, mypy, stubs against what is compiled, performance hints of the Cython build
 #   make dist    sdist and wheel in dist/, the wheel tried in a fresh environment
@@ -13,12 +15,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard $(foreach folder,ulnet/kernelshim ulnet/stack,$(addprefix $(folder)/*,.pyx .pxd .h))) setup.py pyproject.toml Makefile
 
-.PHONY: demo test conformance programs soak bench history counts lint dist clean
+.PHONY: demo test test-fast-off test-fast-on conformance programs soak bench history compare counts lint dist clean
 demo: .stamp-build
 	@$(BIN)/python -m ulnet demo
 
 test: .stamp-build
 	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q bench --benchmark-disable -k "not end_to_end and not select"
+
+test-fast-off test-fast-on: .stamp-build
+	ULNET_FAST=$(@:test-fast-%=%) $(BIN)/python -m pytest -q tests
 
 conformance: .stamp-build
 	$(BIN)/python -m ci.conformance
@@ -35,6 +41,10 @@ bench: .stamp-build
 
 history: .stamp-venv
 	@$(BIN)/python bench/history.py
+
+BASE ?= HEAD
+compare: .stamp-build
+	$(BIN)/python -m ci.compare $(BASE)
 
 counts: .stamp-build
 	$(BIN)/python -m ci.counts

@@ -20,6 +20,7 @@ from typing import Any, Final
 from weakref import WeakMethod
 
 from ulnet.ipc import MachError, MachMsgReturn, Message, MigReturn, MsgType, PortRight, Sender, Task
+from ulnet.kernelshim import fastpaths
 from ulnet.kernelshim.packet import PacketLink
 from ulnet.stack import protocol as p
 from ulnet.stack.engine import Engine
@@ -39,7 +40,7 @@ class Attachment(Host):
     def __init__(self, path: str | None, interface: str, spin_ns: int | None) -> None:
         if interface not in p.PACKET_INTERFACES:
             raise ValueError(f"packet interface {interface!r}: use one of {', '.join(p.PACKET_INTERFACES)}")
-        self.interface = interface
+        interface = self.interface = fastpaths.interface(interface)
         self.path = p.server_path(path)
         self.counters: Counter[str] = Counter()
         self._spin_ns = SPIN_NS[interface] if spin_ns is None else spin_ns

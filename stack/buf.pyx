@@ -11,6 +11,7 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from ulnet.kernelshim.fastpaths cimport fast_from_bytes
 from ulnet.kernelshim.link cimport UL_FRAME_GSO_UDP, UL_LINK_EVACUATE, UL_SLOT_NONE, iovec, ul_link, ul_rx
 
 cdef enum:
@@ -124,8 +125,11 @@ cdef void chunks_free(bufpool *p, txchunk *c) noexcept nogil:
 
 # ---- held slots ----
 
+cdef uint32_t copy_below_bytes = fast_from_bytes(RX_COPY_BELOW_BYTES)
+
+
 cdef inline bint held_is_worth_it(bufpool *p, const ul_rx *frame, uint32_t n) noexcept nogil:
-    if frame == NULL or n < RX_COPY_BELOW_BYTES or frame.slot == UL_SLOT_NONE or p.link == NULL:
+    if frame == NULL or n < copy_below_bytes or frame.slot == UL_SLOT_NONE or p.link == NULL:
         return False
     if frame.flags & UL_FRAME_GSO_UDP:
         return False                 # many datagrams in one slot: none can own it

@@ -7,6 +7,7 @@ so that ``struct.pack("!H", checksum(header))`` is what stands on the wire.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.string cimport memcpy
+from ulnet.kernelshim.fastpaths cimport fast_vector
 
 
 cdef extern from "ulnet/stack/checksum_fast.h" nogil:
@@ -27,7 +28,7 @@ ctypedef uint64_t (*add_fn)(const uint8_t *p, size_t n, uint64_t acc) noexcept n
 cdef enum:
     NOGIL_FROM_BYTES = 65536      # below, giving the GIL up costs more than the sum
 
-ulck_vector_on = ulck_has_avx2()
+ulck_vector_on = fast_vector() and ulck_has_avx2()
 
 
 cdef uint64_t cksum_add(const uint8_t *p, size_t n, uint64_t acc) noexcept nogil:

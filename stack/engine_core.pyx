@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close
 
+from ulnet.kernelshim.fastpaths cimport fast_features, fast_spin_ns
 from ulnet.kernelshim.link cimport UL_LINK_TSO, UL_SLOT_NONE, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
@@ -82,7 +83,8 @@ cdef engine *engine_new(ul_link *link, meta_page *meta, bint library, const uint
     e.link = link
     e.meta = meta
     e.library = library
-    e.spin_ns = spin_ns
+    e.spin_ns = fast_spin_ns(spin_ns)
+    link.features = fast_features(link.features)
     memcpy(e.secret, secret, 16)
     e.ip_ident = <uint16_t>(secret[0] | (secret[1] << 8))
     e.table = <ul_session **>calloc(TABLE_MIN, sizeof(void *))

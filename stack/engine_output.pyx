@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from ulnet.kernelshim.fastpaths cimport fast_link_sums
 from ulnet.kernelshim.link cimport (
     UL_FRAME_CSUM_PARTIAL, UL_FRAME_GSO_TCP4, UL_FRAME_GSO_UDP, UL_FRAME_UFO, UL_LINK_CSUM, UL_LINK_UFO, iovec, ul_tx,
 )
@@ -31,6 +32,8 @@ cdef enum:
     UDP_MAX_PAYLOAD = 65507
     ICMP_BURST = 50                  # RFC 1812 4.3.2.8: at most so many errors at once,
     ICMP_PER_SECOND = 1000           # and so many a second
+
+cdef bint link_sums = fast_link_sums()
 
 
 cdef int resolve(engine *e, const ul_addr *dst, uint8_t *mac, uint32_t *mtu) noexcept nogil:
@@ -96,7 +99,7 @@ cdef int send_tcp(engine *e, const flow_key *flow, const uint8_t *mac, const tcp
     cdef iovec iov[TCP_OUT_IOV + 1]
     cdef ul_tx tx
     cdef uint32_t tcp_bytes
-    cdef bint partial = (e.link.features & UL_LINK_CSUM) != 0
+    cdef bint partial = link_sums and (e.link.features & UL_LINK_CSUM) != 0
     cdef int i
     tcp_bytes = tcp_emit(head + ETH_HEADER_BYTES + IPV4_HEADER_BYTES, flow, out, partial)
     eth_emit(head, mac, e.link.mac, ETHERTYPE_IPV4)
@@ -239,7 +242,9 @@ cdef int emit_udp(engine *e, ul_session *s, const ul_addr *dst, uint16_t dport, 
     if 2 <= s.mtu_discover <= 3 and IPV4_HEADER_BYTES + UDP_HEADER_BYTES + n > mtu:
         return -EMSGSIZE                   # ip(7), IP_PMTUDISC_DO and PROBE: never in fragments
     partial = (e.link.features & UL_LINK_CSUM) != 0
-    if IPV4_HEADER_BYTES + UDP_HEADER_BYTES + n > mtu and not e.link.features & UL_LINK_UFO:
+    if IPV4_HEADER_BYTES + UDP_HEADER_BYTES + n <= mtu:
+        partial = partial and link_sums
+    elif not e.link.features & UL_LINK_UFO:
         partial = False
     flow = s.flow
     flow.raddr = dst[0]

@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from ulnet.kernelshim.fastpaths cimport fast_from_bytes
 from ulnet.kernelshim.link cimport UL_LINK_CSUM, UL_LINK_USO
 from ulnet.stack.engine_core cimport (
     PHASE_CONNECTING, ROLE_ENDED, ROLE_LISTEN, ROLE_SHARED, ROLE_SHELL, ROLE_STAYED, ROLE_TCP, ROLE_UDP, USER_SHARED,
@@ -39,6 +40,8 @@ cdef enum:
     IP_UDP_BYTES = 28            # headers of a datagram
     UDP_MAX_PAYLOAD = 65507
     TRAIN_MAX = 64               # Linux: UDP_MAX_SEGMENTS
+
+cdef uint32_t hold_from_bytes = fast_from_bytes(HOLD_FROM_BYTES)
 
 cdef int64_t NEIGHBOUR_NS = 5000000000   # a datagram waits so long for its first hop's address
 cdef int64_t TICK_NS = 1000000
@@ -266,7 +269,7 @@ cdef Py_ssize_t user_send(engine *e, ul_session *s, const uint8_t *data, size_t 
                 got = tcp_write(&e.env, s.tcp, data, 0)
                 if got == -EAGAIN and tcp_state(s.tcp) >= TCP_ESTABLISHED:
                     got = 0
-            elif owner != NULL and n - done[0] >= HOLD_FROM_BYTES:
+            elif owner != NULL and n - done[0] >= hold_from_bytes:
                 got = write_held(e, s, data + done[0], n - done[0], owner)
             else:
                 got = tcp_write(&e.env, s.tcp, data + done[0], n - done[0])

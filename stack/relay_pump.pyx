@@ -14,6 +14,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from ulnet.kernelshim.fastpaths cimport fast_from_bytes
 from ulnet.kernelshim.link cimport iovec
 from ulnet.stack.buf cimport rxseg, rxseg_free, txchunk_new, txq_append_chunk, txq_append_copy
 from ulnet.stack.engine_core cimport EVENT_RELAY, ROLE_TCP, ROLE_UDP, event_add, session_touch
@@ -72,6 +73,8 @@ cdef enum:
     COPY_BELOW_BYTES = 16384         # less would waste most of a block of 64 KiB
     ADDRESS_BYTES = 18               # before each datagram's payload
     DATAGRAM_BYTES = 65507
+
+cdef uint32_t copy_below_bytes = max(<uint32_t>COPY_BELOW_BYTES, fast_from_bytes(COPY_BELOW_BYTES))
 
 
 cdef void tell(engine *e, relay *r, uint32_t news) noexcept nogil:
@@ -207,7 +210,7 @@ cdef ssize_t read_block(engine *e, relay *r, txchunk **spare, size_t n) noexcept
     if not session_takes(pcb):
         r.dropped += <uint64_t>got         # our direction is shut: nobody will hear it
         return got
-    if got < COPY_BELOW_BYTES:
+    if got < <ssize_t>copy_below_bytes:
         if txq_append_copy(&e.bufs, &pcb.snd, spare[0].data, <size_t>got) < 0:
             spare[0].len_bytes = <uint32_t>got
             txq_append_chunk(&pcb.snd, spare[0])     # wasteful, and not lost

@@ -96,6 +96,7 @@ cdef class EndpointCore:
         self.cfg.sndbuf_bytes = options.pop("sndbuf", 262144)
         self.cfg.rcvbuf_bytes = options.pop("rcvbuf", 262144)
         self.cfg.nodelay = options.pop("nodelay", False)
+        self.cfg.no_sack = not options.pop("sack", False)
         self.cfg.keepalive = options.pop("keepalive", False)
         self.cfg.keepidle_s = options.pop("keepidle", 0)
         self.cfg.keepintvl_s = options.pop("keepintvl", 0)
@@ -381,7 +382,7 @@ cdef class EndpointCore:
 
 cdef void parse_options(const uint8_t *o, int n, tcp_seg *seg):
     # What tcp_output writes, read back; the wire's own parser is tested elsewhere.
-    cdef int i = 0
+    cdef int i = 0, j
     while i < n and o[i]:
         if o[i] == 1:
             i += 1
@@ -390,6 +391,13 @@ cdef void parse_options(const uint8_t *o, int n, tcp_seg *seg):
             seg.mss = (<uint16_t>o[i + 2] << 8) | o[i + 3]
         elif o[i] == 3:
             seg.wscale = o[i + 2]
+        elif o[i] == 4:
+            seg.sack_ok = 1
+        elif o[i] == 5:
+            seg.sack_count = (o[i + 1] - 2) // 8
+            for j in range(2 * seg.sack_count):
+                seg.sack[j] = (<uint32_t>o[i + 2 + 4 * j] << 24) | (<uint32_t>o[i + 3 + 4 * j] << 16) | \
+                    (<uint32_t>o[i + 4 + 4 * j] << 8) | o[i + 5 + 4 * j]
         elif o[i] == 8:
             seg.has_ts = 1
             seg.ts_val = (<uint32_t>o[i + 2] << 24) | (<uint32_t>o[i + 3] << 16) | (<uint32_t>o[i + 4] << 8) | o[i + 5]

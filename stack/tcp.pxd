@@ -86,6 +86,7 @@ ctypedef struct tcp_config:          # of a new connection
     uint32_t ts_offset               # random
     uint8_t nodelay
     uint8_t keepalive
+    uint8_t no_sack                  # neither offered nor accepted
     uint32_t keepidle_s
     uint32_t keepintvl_s
     uint32_t keepcnt

@@ -5,6 +5,7 @@
 from libc.errno cimport EAGAIN, EINVAL, EISCONN, ENOMEM, ENOPROTOOPT, ENOTCONN, EPIPE
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from ulnet.kernelshim.fastpaths cimport fast_from_bytes
 from ulnet.stack.buf cimport (
     rxq_clear, rxq_drop, rxq_read, rxq_take, rxseg, rxseg_free, txq_append_copy, txq_append_hold, txq_append_seg,
     txq_clear,
@@ -16,7 +17,7 @@ from ulnet.stack.tcp_input cimport tcp_icmp_arrives, tcp_segment_arrives, tcp_sy
 from ulnet.stack.tcp_isn cimport tcp_isn_of
 from ulnet.stack.tcp_migrate cimport FROZEN_BYTES_MAX, tcp_freeze, tcp_freeze_remains, tcp_frozen_bytes, tcp_thaw
 from ulnet.stack.tcp_output cimport tcp_output_run, tcp_refuse_build, tcp_send_bare
-from ulnet.stack.tcp_recovery cimport TCP_REC_NEWRENO, tcp_rec_start
+from ulnet.stack.tcp_recovery cimport TCP_REC_NEWRENO, tcp_rec_end, tcp_rec_start
 from ulnet.stack.tcp_rtt cimport tcp_rto, tcp_rtt_init
 from ulnet.stack.tcp_timer cimport TCP_FIN_WAIT_2_NS, tcp_arm_keepalive, tcp_done, tcp_timers_run
 from ulnet.stack.types cimport UL_ERROR, UL_HUP, UL_RDHUP, UL_READABLE, UL_WRITABLE
@@ -44,6 +45,8 @@ cdef enum:
     OPT_KEEPCNT = 6
     OPT_QUICKACK = 12
     OPT_USER_TIMEOUT = 18
+
+cdef uint32_t hold_from_bytes = fast_from_bytes(HOLD_FROM_BYTES)
 
 
 # ---- life ----
@@ -79,6 +82,8 @@ cdef tcp_pcb *tcp_new(tcp_env *env, const tcp_config *cfg, void *owner) noexcept
     bound_by_ring(env, pcb)
     pcb.ts_offset = cfg.ts_offset
     pcb.flags = TF_TS | TF_WSCALE
+    if not cfg.no_sack:
+        pcb.flags |= TF_SACK
     if cfg.nodelay:
         pcb.flags |= TF_NODELAY
     if cfg.keepalive:
@@ -103,6 +108,7 @@ cdef void tcp_free(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     txq_clear(env.bufs, &pcb.snd)
     rxq_clear(env.bufs, &pcb.rcv)
     rxq_clear(env.bufs, &pcb.ooo)
+    tcp_rec_end(&pcb.rec)
     free(pcb)
 
 
@@ -244,14 +250,14 @@ cdef Py_ssize_t tcp_write(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, size_
 
 cdef Py_ssize_t tcp_write_hold(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, size_t n, object owner):
     cdef Py_ssize_t room
-    if n < HOLD_FROM_BYTES:
+    if n < hold_from_bytes:
         return tcp_write(env, pcb, data, n)
     room = room_to_write(pcb)
     if room < 0:
         return room
     if n > <size_t>room:
         n = <size_t>room
-    if n < HOLD_FROM_BYTES:
+    if n < hold_from_bytes:
         return tcp_write(env, pcb, data, n)
     if txq_append_hold(env.bufs, &pcb.snd, data, n, owner) < 0:
         return -ENOMEM
@@ -263,7 +269,7 @@ cdef Py_ssize_t tcp_write_seg(tcp_env *env, tcp_pcb *pcb, rxseg *seg, uint32_t n
     cdef Py_ssize_t room = room_to_write(pcb)
     if room < 0:
         return room
-    if n < HOLD_FROM_BYTES:
+    if n < hold_from_bytes:
         if n and txq_append_copy(env.bufs, &pcb.snd, seg.data, n) < 0:
             return -ENOMEM
         rxseg_free(env.bufs, seg)

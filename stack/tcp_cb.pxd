@@ -60,7 +60,9 @@ cdef enum:
     TF_CWND_LIMITED = 0x80000    # the last output stopped at the congestion window
     TF_QUICKACK = 0x100000       # TCP_QUICKACK: no delayed ACKs
     TF_OPENED = 0x200000         # was open once: a later CLOSED is an end, not a beginning
-    TF_ALL = 0x3FFFFF
+    TF_PTO = 0x400000            # TT_REXMT runs shorter than the RTO: then a probe goes, once (RFC 8985 7)
+    TF_TLP = 0x800000            # that probe went since the last progress
+    TF_ALL = 0xFFFFFF
 
 cdef enum:
     TCP_MSS_DEFAULT = 536                # RFC 9293 3.7.1
@@ -95,6 +97,7 @@ ctypedef struct tcp_pcb:
     uint32_t rcv_adv                 # right edge announced; never goes back
     uint32_t rcv_fin                 # when TF_FIN_SEEN
     uint32_t last_ack_sent           # RFC 7323 4.3
+    uint32_t ooo_newest              # sequence number of the newest piece in ooo (RFC 2018 4)
     uint32_t unacked_in_bytes        # received since our last ACK
     uint32_t ts_recent
     uint32_t ts_offset

@@ -16,7 +16,8 @@ from ulnet.stack.tcp_congestion cimport tcp_cc_mss, tcp_cc_start
 from ulnet.stack.tcp_output cimport tcp_send_bare, tcp_send_dup_ack
 from ulnet.stack.tcp_reass cimport ooo_cut, ooo_insert, ooo_pull
 from ulnet.stack.tcp_recovery cimport (
-    REC_ENTER, REC_EXIT, REC_GROW, REC_INFLATE, REC_KEEP_TIMER, REC_LOSS, REC_PARTIAL, REC_SLOW, tcp_rec_start,
+    REC_ENTER, REC_EXIT, REC_GROW, REC_INFLATE, REC_KEEP_TIMER, REC_LOSS, REC_PARTIAL, REC_SLOW, TCP_REC_NEWRENO,
+    TCP_REC_SACK, tcp_rec_forget, tcp_rec_start,
 )
 from ulnet.stack.tcp_rtt cimport TCP_RTO_AFTER_SYN_LOSS_NS, tcp_rtt_sample
 from ulnet.stack.tcp_timer cimport (
@@ -72,6 +73,8 @@ cdef void tcp_syn_accepted(tcp_pcb *pcb, const tcp_seg *syn, int64_t now_ns) noe
         pcb.flags &= ~<uint32_t>TF_WSCALE
         pcb.snd_wscale = 0
         pcb.rcv_wscale = 0
+    if not syn.sack_ok:
+        pcb.flags &= ~<uint32_t>TF_SACK
     if pcb.flags & TF_TS and syn.has_ts:
         pcb.ts_recent = syn.ts_val
         pcb.ts_recent_ns = now_ns
@@ -104,7 +107,7 @@ cdef void establish(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         pcb.rtt.timing = 0
     pcb.rtt.backoff = 0
     tcp_cc_start(&pcb.cc, pcb.cc.ops.id, pcb.eff_mss)
-    tcp_rec_start(&pcb.rec, pcb.rec.ops.id, pcb.iss)
+    tcp_rec_start(&pcb.rec, TCP_REC_SACK if pcb.flags & TF_SACK else TCP_REC_NEWRENO, pcb.iss)
     if pcb.flags & TF_SYN_RESENT:
         pcb.cc.cwnd_bytes = pcb.eff_mss                        # RFC 5681 3.1
         if pcb.rtt.srtt_ns == 0:
@@ -170,13 +173,24 @@ cdef void on_reset(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg) noexcept nogi
 
 # ---- acknowledgement ----
 
+cdef void enter_recovery(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
+    env.counters.fast_retransmits += 1
+    pcb.cc.ops.on_enter_recovery(&pcb.cc, pcb.snd_max - pcb.snd_una, env.now_ns)
+
+
+cdef void on_sack(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg) noexcept nogil:
+    if pcb.rec.ops.on_sack(&pcb.rec, seg.sack, seg.sack_count, pcb.snd_una, pcb.snd_max, pcb.eff_mss) & REC_ENTER:
+        enter_recovery(env, pcb)
+        pcb.cc.cwnd_bytes = pcb.cc.ssthresh_bytes              # RFC 6675 5 (4.2): no inflation, blocks say what left
+    pcb.flags |= TF_OUTPUT
+
+
 cdef void on_dup_ack(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     cdef int todo
     env.counters.dup_acks_in += 1
     todo = pcb.rec.ops.on_dup_ack(&pcb.rec, pcb.snd_una, pcb.snd_max)
     if todo & REC_ENTER:
-        env.counters.fast_retransmits += 1
-        pcb.cc.ops.on_enter_recovery(&pcb.cc, pcb.snd_max - pcb.snd_una, env.now_ns)
+        enter_recovery(env, pcb)
     if todo & REC_INFLATE:
         pcb.cc.ops.on_dup_ack(&pcb.cc)
     pcb.flags |= TF_OUTPUT
@@ -186,6 +200,7 @@ cdef bint on_new_ack(tcp_env *env, tcp_pcb *pcb, uint32_t ack) noexcept nogil:
     """snd_una moves. True when the acknowledgement covers our FIN."""
     cdef uint32_t acked = ack - pcb.snd_una
     cdef bint fin_acked = acked > pcb.snd.len_bytes
+    cdef bint inflated = pcb.rec.ops.on_sack == NULL or pcb.rec.blind
     cdef int todo
     if pcb.rtt.timing and seq_gt(ack, pcb.rtt.timed_seq):
         tcp_rtt_sample(&pcb.rtt, env.now_ns - pcb.rtt.timed_ns)
@@ -196,7 +211,7 @@ cdef bint on_new_ack(tcp_env *env, tcp_pcb *pcb, uint32_t ack) noexcept nogil:
     pcb.snd_una = ack
     if seq_lt(pcb.snd_nxt, ack):
         pcb.snd_nxt = ack
-    pcb.flags &= ~<uint32_t>TF_PROBED
+    pcb.flags &= ~<uint32_t>(TF_PROBED | TF_TLP)
     pcb.flags |= TF_OUTPUT
     pcb.progress_ns = env.now_ns
     pcb.soft_error = 0
@@ -206,7 +221,7 @@ cdef bint on_new_ack(tcp_env *env, tcp_pcb *pcb, uint32_t ack) noexcept nogil:
                           (todo & REC_SLOW) != 0, env.now_ns, pcb.rtt.srtt_ns)
     elif todo & REC_PARTIAL:
         pcb.cc.ops.on_partial_ack(&pcb.cc, acked)
-    elif todo & REC_EXIT:
+    elif todo & REC_EXIT and inflated:
         pcb.cc.ops.on_exit_recovery(&pcb.cc, pcb.snd_max - ack)
     if ack == pcb.snd_max:
         tcp_timer_off(pcb, TT_REXMT)                           # RFC 6298 (5.2)
@@ -232,6 +247,8 @@ cdef bint on_ack(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg, uint32_t seq, u
         # RFC 5681 2: what makes a duplicate ACK. One that opens the window, or comes with data, is none.
         if n == 0 and wnd == pcb.snd_wnd and wnd and not seg.flags & TCP_FIN:
             on_dup_ack(env, pcb)
+    if seg.sack_count and pcb.rec.ops.on_sack != NULL and pcb.snd_max != pcb.snd_una:
+        on_sack(env, pcb, seg)
     if pcb.flags & TF_PERSIST and not pcb.flags & TF_USER_GONE:
         pcb.progress_ns = env.now_ns                           # RFC 9293 3.8.6.1: it answers, so we go on asking
     # differs: RFC 9293 (3.10.7.4) looks at SND.WL1 and WL2 alone. As Linux, what acknowledges more is newer, also when
@@ -307,6 +324,7 @@ cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data,
         if ooo_insert(env.bufs, &pcb.ooo, data, n, seq, seg.frame, 2 * <uint64_t>pcb.rcvbuf_bytes + 65536, &held) < 0:
             env.counters.nomem_dropped += 1
         seg.held = held
+        pcb.ooo_newest = seq
         tcp_send_dup_ack(env, pcb)       # RFC 5681 4.2: at once
         return True
     # As Linux, also after shutdown(SHUT_RD): what comes all the same can be read.
@@ -465,6 +483,7 @@ cdef void tcp_icmp_arrives(tcp_env *env, tcp_pcb *pcb, int error, uint32_t seq, 
         tcp_cc_mss(&pcb.cc, pcb.eff_mss)
         # RFC 1191 6.5: send again in smaller pieces, which is no sign of congestion
         pcb.snd_nxt = pcb.snd_una
+        tcp_rec_forget(&pcb.rec)
         pcb.rtt.timing = 0
         pcb.flags |= TF_OUTPUT
         return

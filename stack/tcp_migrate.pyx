@@ -15,7 +15,7 @@ from ulnet.stack.tcp cimport tcp_env, tcp_remains, tcp_stat
 from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_congestion cimport TCP_CC_NEWRENO, TCP_CWND_MAX_BYTES, tcp_cc_start, tcp_cc_table
 from ulnet.stack.tcp_reass cimport OOO_MAX_PIECES
-from ulnet.stack.tcp_recovery cimport REC_LOSS, TCP_REC_NEWRENO, tcp_rec_start, tcp_rec_table
+from ulnet.stack.tcp_recovery cimport REC_FAST, REC_LOSS, TCP_REC_NEWRENO, TCP_REC_SACK, tcp_rec_start, tcp_rec_table
 from ulnet.stack.tcp_rtt cimport TCP_BACKOFF_MAX, TCP_RTO_MAX_NS, TCP_RTO_MIN_NS
 from ulnet.stack.tcp_timer cimport TCP_TIME_WAIT_NS
 
@@ -473,6 +473,9 @@ cdef int tcp_thaw(tcp_env *env, tcp_pcb *pcb, const uint8_t *data, size_t n) noe
     pcb.rec.resend = f.rec_resend
     pcb.rec.partial_seen = f.rec_partial_seen
     memcpy(pcb.rec.priv, f.rec_priv, sizeof(f.rec_priv))
+    if pcb.rec.state == REC_FAST and f.rec_id == TCP_REC_SACK:
+        pcb.rec.resend = 1               # the peer's blocks stayed behind: it reports them again
+        pcb.rec.resend_seq = f.snd_una
     pcb.rtt.srtt_ns = f.srtt_ns
     pcb.rtt.rttvar_ns = f.rttvar_ns
     pcb.rtt.rto_ns = f.rto_ns

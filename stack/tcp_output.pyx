@@ -8,19 +8,21 @@ received segments share one acknowledgement and the acknowledgement rides on dat
 from libc.errno cimport EAGAIN, ENOBUFS
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
-from ulnet.stack.buf cimport txq_iov
+from ulnet.stack.buf cimport rxseg, txq_iov
 from ulnet.stack.seqnum cimport seq_ge, seq_gt, seq_lt
 from ulnet.stack.tcp cimport (
     TCP_ACK, TCP_FIN, TCP_OUT_IOV, TCP_PSH, TCP_RST, TCP_SYN, tcp_env, tcp_out, tcp_seg,
 )
 from ulnet.stack.tcp_cb cimport *
-from ulnet.stack.tcp_recovery cimport REC_OPEN, tcp_rec_extra_segments
+from ulnet.stack.tcp_recovery cimport REC_LOSS, tcp_rec_extra_segments, tcp_rec_hole, tcp_rec_resent
 from ulnet.stack.tcp_timer cimport TCP_RETRY_NS, tcp_arm_persist, tcp_arm_rexmt, tcp_done
 
 cdef enum:
     OPT_NOP = 1
     OPT_MSS = 2
     OPT_WSCALE = 3
+    OPT_SACK_OK = 4
+    OPT_SACK = 5
     OPT_TIMESTAMPS = 8
     DEFER_DIVISOR = 4                # see defer_for_more()
 
@@ -41,6 +43,46 @@ cdef inline void put_timestamps(tcp_env *env, const tcp_pcb *pcb, tcp_out *out, 
     put32(o + 4, tcp_ts_now(pcb, env.now_ns))
     put32(o + 8, pcb.ts_recent if ack else 0)      # RFC 7323 3.2: zero without ACK
     out.opt_len_bytes += TCP_TS_BYTES
+
+
+cdef void put_sack(const tcp_pcb *pcb, tcp_out *out) noexcept nogil:
+    """The block that came last first (RFC 2018 4), then those before the end. On bare ACKs only."""
+    cdef uint32_t most = (40 - 4 - out.opt_len_bytes) // 8, count = 0, total = 0, i
+    cdef uint32_t[8] edges
+    cdef uint32_t[8] last                # a ring of the newest runs
+    cdef const rxseg *s = pcb.ooo.head
+    cdef uint32_t left, right
+    cdef uint8_t *o = out.opts + out.opt_len_bytes
+    if most > 4:
+        most = 4
+    while s != NULL:
+        left = s.seq
+        right = s.seq + s.len_bytes
+        s = s.next
+        while s != NULL and s.seq == right:
+            right += s.len_bytes
+            s = s.next
+        if count == 0 and seq_ge(pcb.ooo_newest, left) and seq_lt(pcb.ooo_newest, right):
+            edges[0] = left
+            edges[1] = right
+            count = 1
+        else:
+            last[2 * (total & 3)] = left
+            last[2 * (total & 3) + 1] = right
+            total += 1
+    for i in range(4):
+        if count == most or i >= total:
+            break
+        edges[2 * count] = last[2 * ((total - 1 - i) & 3)]
+        edges[2 * count + 1] = last[2 * ((total - 1 - i) & 3) + 1]
+        count += 1
+    o[0] = OPT_NOP
+    o[1] = OPT_NOP
+    o[2] = OPT_SACK
+    o[3] = <uint8_t>(2 + 8 * count)
+    for i in range(2 * count):
+        put32(o + 4 + 4 * i, edges[i])
+    out.opt_len_bytes += <uint8_t>(4 + 8 * count)
 
 
 cdef uint32_t window_to_announce(const tcp_pcb *pcb) noexcept nogil:
@@ -116,6 +158,8 @@ cdef inline void bare(tcp_env *env, tcp_pcb *pcb, tcp_out *out, uint32_t seq, ui
     out.iov_count = 0
     if pcb.flags & TF_TS and not flags & TCP_SYN and pcb.state != TCP_SYN_SENT:
         put_timestamps(env, pcb, out, (flags & TCP_ACK) != 0)
+    if pcb.ooo.head != NULL and pcb.flags & TF_SACK and flags == TCP_ACK:
+        put_sack(pcb, out)
 
 
 cdef int tcp_send_bare(tcp_env *env, tcp_pcb *pcb, uint32_t seq, uint32_t ack, int flags) noexcept nogil:
@@ -181,6 +225,15 @@ cdef void output_syn(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     out.opt_len_bytes = 4
     if pcb.flags & TF_TS:
         put_timestamps(env, pcb, &out, (out.flags & TCP_ACK) != 0)
+    if pcb.flags & TF_SACK:
+        o = out.opts + 4
+        if not pcb.flags & TF_TS:
+            o[0] = OPT_NOP
+            o[1] = OPT_NOP
+            o += 2
+            out.opt_len_bytes += 4
+        o[0] = OPT_SACK_OK               # with timestamps: in place of the two that fill up
+        o[1] = 2
     if pcb.flags & TF_WSCALE:
         o = out.opts + out.opt_len_bytes
         o[0] = OPT_NOP
@@ -273,6 +326,30 @@ cdef bint resend_one(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     return True
 
 
+cdef bint resend_holes(tcp_env *env, tcp_pcb *pcb, uint32_t largest) noexcept nogil:
+    """What the peer's blocks say is lost, as the congestion window allows (RFC 6675 5 C). False: the link is full."""
+    cdef uint32_t seq = 0, n = 0, pipe, room, sent = 0
+    while tcp_rec_hole(&pcb.rec, pcb.snd_una, &seq, &n):
+        pipe = pcb.snd_max - pcb.snd_una - pcb.rec.gone_bytes
+        room = pcb.cc.cwnd_bytes - pipe if pcb.cc.cwnd_bytes > pipe else 0
+        if pcb.rec.urgent and room < pcb.eff_mss:
+            room = pcb.eff_mss
+        if room < pcb.eff_mss and room < n:
+            break
+        if room > largest:
+            room = largest
+        if n > room:
+            n = room - room % pcb.eff_mss if room > pcb.eff_mss else room
+        if send_data(env, pcb, seq, n, 0, &sent) < 0:
+            return False
+        pcb.rec.urgent = 0
+        tcp_rec_resent(&pcb.rec, seq, sent, pcb.snd_una, pcb.snd_max)
+        count_resent(env, pcb, sent)
+        if tcp_timer_is_off(pcb, TT_REXMT) or pcb.flags & TF_PERSIST:
+            tcp_arm_rexmt(pcb, env.now_ns)
+    return True
+
+
 cdef inline bint small_may_go(const tcp_pcb *pcb) noexcept nogil:
     """May a segment below the MSS leave that ends what was written? Nagle as Minshall has it: one
     unacknowledged small segment at a time, whatever else is in flight."""
@@ -303,6 +380,8 @@ cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         largest -= largest % mss
     if pcb.rec.resend and not resend_one(env, pcb):
         return
+    if pcb.rec.gone_bytes and not resend_holes(env, pcb, largest):
+        return
     if pcb.snd_nxt == pcb.snd_una and env.now_ns - pcb.last_send_ns > pcb.rtt.rto_ns and pcb.snd_max == pcb.snd_una:
         pcb.cc.ops.on_idle(&pcb.cc)
     end = pcb.snd_una + <uint32_t>pcb.snd.len_bytes
@@ -312,6 +391,8 @@ cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         flight = pcb.snd_nxt - pcb.snd_una
         unsent = end - pcb.snd_nxt
         cwin = pcb.cc.cwnd_bytes + tcp_rec_extra_segments(&pcb.rec) * mss      # RFC 3042
+        if pcb.rec.state != REC_LOSS:
+            cwin += pcb.rec.gone_bytes
         win = pcb.snd_wnd if pcb.snd_wnd < cwin else cwin
         avail = win - flight if win > flight else 0
         resent = seq_lt(pcb.snd_nxt, pcb.snd_max) and not pcb.flags & TF_PROBED

@@ -2,7 +2,10 @@
 
 from libc.stdint cimport int64_t
 from ulnet.stack.tcp cimport tcp_env
-from ulnet.stack.tcp_cb cimport TF_PERSIST, TF_USER_GONE, TT_REXMT, tcp_pcb, tcp_timer_is_off
+from ulnet.stack.tcp_cb cimport (
+    TF_PERSIST, TF_PTO, TF_SACK, TF_TLP, TF_USER_GONE, TT_REXMT, tcp_pcb, tcp_timer_is_off,
+)
+from ulnet.stack.tcp_recovery cimport REC_LOSS
 from ulnet.stack.tcp_rtt cimport tcp_rto
 
 cdef extern from *:                      # C literals: an enum would make int of them
@@ -15,6 +18,7 @@ cdef extern from *:                      # C literals: an enum would make int of
     #define TCP_ORPHAN_NS 100000000000LL
     #define TCP_GIVE_UP_NS 900000000000LL
     #define TCP_RETRY_NS 100000LL
+    #define TCP_PTO_MIN_NS 25000000LL
     """
     const int64_t TCP_DELACK_NS              # RFC 9293 3.8.6.3 allows 500 ms; 40 as Linux
     const int64_t TCP_PERSIST_MIN_NS
@@ -24,6 +28,8 @@ cdef extern from *:                      # C literals: an enum would make int of
     const int64_t TCP_ORPHAN_NS              # without a user and without progress: RFC 9293 3.8.3 (R2 >= 100 s)
     const int64_t TCP_GIVE_UP_NS             # R2 of data: about Linux's 15 retransmissions
     const int64_t TCP_RETRY_NS               # the link was full: doubled up to 6 times
+    const int64_t TCP_PTO_MIN_NS             # differs: RFC 8985 asks for less; a peer preempted while it holds its socket
+                                             # answers late, and a probe would be in vain. Nothing beside an RTO.
 
 cdef enum:
     TCP_SYN_TRIES = 6                    # differs: 127 s as Linux; RFC 9293 3.8.3 asks for 3 minutes
@@ -42,10 +48,21 @@ cdef inline void clip_to_user_timeout(tcp_pcb *pcb) noexcept nogil:
             pcb.timers[TT_REXMT] = last
 
 cdef inline void tcp_arm_rexmt(tcp_pcb *pcb, int64_t now_ns) noexcept nogil:
+    cdef int64_t pto
     if pcb.flags & TF_PERSIST:
         pcb.flags &= ~<unsigned int>TF_PERSIST
         pcb.rtt.backoff = 0          # it counted probes
+    pcb.flags &= ~<unsigned int>TF_PTO
     pcb.timers[TT_REXMT] = now_ns + tcp_rto(&pcb.rtt)
+    # RFC 8985 7.2. Not for a single segment: its receiver may delay the ACK.
+    if pcb.flags & TF_SACK and not pcb.flags & TF_TLP and pcb.rtt.backoff == 0 and pcb.rtt.srtt_ns and \
+            pcb.snd_max - pcb.snd_una > pcb.eff_mss and pcb.rec.state != REC_LOSS:
+        pto = 2 * pcb.rtt.srtt_ns + 4 * pcb.rtt.rttvar_ns
+        if pto < TCP_PTO_MIN_NS:
+            pto = TCP_PTO_MIN_NS
+        if pto < tcp_rto(&pcb.rtt):
+            pcb.flags |= TF_PTO
+            pcb.timers[TT_REXMT] = now_ns + pto
     clip_to_user_timeout(pcb)
 
 cdef inline void tcp_arm_persist(tcp_pcb *pcb, int64_t now_ns) noexcept nogil:

@@ -8,6 +8,7 @@ from ulnet.stack.buf cimport rxq_clear, txq_clear
 from ulnet.stack.tcp cimport TCP_ACK, TCP_RST, tcp_env
 from ulnet.stack.tcp_cb cimport *
 from ulnet.stack.tcp_output cimport tcp_output_run, tcp_send_bare
+from ulnet.stack.tcp_recovery cimport tcp_rec_end, tcp_rec_probe
 from ulnet.stack.tcp_rtt cimport TCP_BACKOFF_MAX
 
 
@@ -21,6 +22,7 @@ cdef void tcp_done(tcp_env *env, tcp_pcb *pcb, int so_error) noexcept nogil:
         pcb.so_error = so_error
     txq_clear(env.bufs, &pcb.snd)
     rxq_clear(env.bufs, &pcb.ooo)
+    tcp_rec_end(&pcb.rec)
     if pcb.flags & TF_USER_GONE:
         rxq_clear(env.bufs, &pcb.rcv)
 
@@ -57,6 +59,12 @@ cdef void on_retransmit(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     else:
         if env.now_ns - pcb.progress_ns >= tcp_give_up_after(pcb):
             give_up(env, pcb)                                  # RFC 9293 3.10.8, user timeout
+            return
+        if pcb.flags & TF_PTO:
+            # differs: RFC 8985 7.3 prefers new data, and 7.4 halves the window if the probe itself repaired a loss.
+            pcb.flags = (pcb.flags & ~<uint32_t>TF_PTO) | TF_TLP | TF_OUTPUT
+            tcp_rec_probe(&pcb.rec, pcb.snd_una, pcb.snd_max, pcb.eff_mss)
+            tcp_arm_rexmt(pcb, env.now_ns)
             return
         pcb.cc.ops.on_rto(&pcb.cc, pcb.snd_max - pcb.snd_una, pcb.rtt.backoff == 0, env.now_ns)
         pcb.rec.ops.on_rto(&pcb.rec, pcb.snd_una, pcb.snd_max)

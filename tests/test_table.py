@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ from rich.console import Console
 
 from ulnet.kernelshim.testbed import can_testbed
 from ulnet.stack import stamps
-from ulnet.table import counts, layers, lockstep, page, report, targets
+from ulnet.table import counts, layers, lockstep, page, peers, report, targets
+from ulnet.table.bed import MeasureError
 from ulnet.table.ends import Api
 from ulnet.table.measure import Budget, Table, bulk_bytes, paired_ratio
 from ulnet.table.rows import BLOCKING, BUFFER_IPC, COLUMN, IPF, ROWS, SERVER, SPINNING, ratio_1993
@@ -119,7 +121,8 @@ def test_verdicts() -> None:
     assert (low.meets(0.5, low.target), low.meets(0.51, low.target)) == (True, False)
     assert (high.meets(2.0, high.target), high.meets(1.9, high.target)) == (True, False)
     assert low.meets(None, 0.5) is None
-    assert len({target.key for target in targets.TARGETS}) == len(targets.TARGETS) == 17
+    every = targets.TARGETS + targets.LOSS_TARGETS
+    assert len({target.key for target in every}) == len(every) == 26
 
 
 # -- stamps ----------------------------------------------------------------------------------------
@@ -245,6 +248,25 @@ def test_allocations_are_counted() -> None:
     assert found == dict.fromkeys(counts.KINDS, 0)
 
 
+# -- other stacks ----------------------------------------------------------------------------------
+
+
+def test_a_stack_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MeasureError, match=r"ulnet\[compare\]"):
+        peers.pytcp_command()
+    peers.lwip_command.cache_clear()
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(MeasureError, match="liblwip-dev"):
+        peers.lwip_command()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MeasureError, match="no C compiler"):
+        peers.lwip_command()
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -294,11 +316,13 @@ def test_command(tmp_path: Path) -> None:
     assert table["cells"]["kernel-spinning"]["tcp1"]["ratio"] == 1
     assert table["cells"]["kernel-blocking"]["bulk"]["ratio"] == 1
     found = {target["key"]: target for target in document["targets"]}
-    assert list(found) == [target.key for target in targets.TARGETS]
+    assert list(found) == [target.key for target in targets.TARGETS + targets.LOSS_TARGETS]
     for target in found.values():
         assert target["value"] is None or target["value"] > 0 or target["key"] == "memory", target
         assert target["how"], target
-    failed = {key for key, target in found.items() if target["value"] is None} - {"placement"}
+    missing = {key for key, target in found.items() if "not installed" in target["how"]}  # other stacks
+    assert missing <= {"lwip", "lwip-bulk", "pytcp", "pytcp-bulk"}
+    failed = {key for key, target in found.items() if target["value"] is None} - {"placement"} - missing
     assert not failed, [found[key] for key in failed]
     assert found["sessions"]["reached"] is None  # a handful is not 10,000
     assert "Library-SHM-IPF" in run.stdout

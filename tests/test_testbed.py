@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ulnet.kernelshim.lossy import LossyHop
 from ulnet.kernelshim.testbed import NETNS_DIR, Testbed, can_testbed, remove_stale
 
 pytestmark = pytest.mark.skipif(can_testbed() is not None, reason=str(can_testbed()))
@@ -225,3 +226,42 @@ def test_user_namespace_refuses_threads_with_a_reason() -> None:
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert "2 threads" in done.stdout and "unshare" in done.stdout
+
+
+def test_a_lossy_hop_loses_its_share_both_ways(bed: Testbed) -> None:
+    a, middle, b = bed.host("a"), bed.host("m"), bed.host("b")
+    bed.wire(a, middle, a_addr="10.77.0.1/24")
+    bed.wire(b, middle, a_addr="10.77.0.2/24")
+    with LossyHop(middle) as hop, a.socket(type=socket.SOCK_DGRAM) as asks, b.socket(type=socket.SOCK_DGRAM) as answers:
+        answers.bind(("10.77.0.2", 7000))
+        answers.settimeout(0.05)
+        asks.settimeout(0.05)
+        asks.connect(("10.77.0.2", 7000))
+
+        def lost(count: int) -> tuple[int, int]:
+            there = back = 0
+            for _ in range(count):
+                asks.send(b"q")
+                try:
+                    _, peer = answers.recvfrom(1)
+                except TimeoutError:
+                    there += 1
+                    continue
+                answers.sendto(b"a", peer)
+                try:
+                    asks.recv(1)
+                except TimeoutError:
+                    back += 1
+            return there, back
+
+        assert lost(100) == (0, 0)
+        hop.lose(4)
+        there, back = lost(40)
+        assert 1 <= there <= 25
+        assert 1 <= back <= 25
+        hop.lose(0)
+        assert lost(100) == (0, 0)
+        with pytest.raises(ValueError, match="cannot be lost"):
+            hop.lose(1)
+    with pytest.raises(ValueError, match="wired to 1"):
+        LossyHop(a)

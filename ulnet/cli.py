@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     what = table.add_mutually_exclusive_group()
     what.add_argument("--targets", action="store_true", help="only the table of targets")
     what.add_argument("--layers", action="store_true", help="where the time of a message goes, and what it costs")
+    what.add_argument("--loss", action="store_true", help="only the targets with 1 %% of the frames lost")
     table.add_argument("--json", metavar="FILE", help="store everything measured, for programs")
     table.add_argument("--html", metavar="FILE", help="store a page with the tables and plots")
     table.set_defaults(run=_table)
@@ -121,6 +122,7 @@ def _table(arguments: argparse.Namespace) -> int:
             quick=arguments.quick,
             only_targets=arguments.targets,
             layers=arguments.layers,
+            loss=arguments.loss,
             json_path=arguments.json,
             html_path=arguments.html,
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ulnet.kernelshim.lossy import LossyHop
 from ulnet.kernelshim.testbed import Host, Testbed
 from ulnet.stack import stamps as stamping
 
@@ -204,15 +205,26 @@ class Pair:
 
 
 class Bed(Pair):
-    """The same with the hosts and servers, made for it. ``stamps``: every process can leave time stamps (layers.py)."""
+    """The same with the hosts and servers, made for it. ``stamps``: every process can leave time stamps (layers.py).
 
-    def __init__(self, *, stamps: bool = False) -> None:
+    ``lossy``: a third host between the two, whose ``hop`` loses frames when it is told to.
+    """
+
+    hop: LossyHop
+
+    def __init__(self, *, stamps: bool = False, lossy: bool = False) -> None:
         with contextlib.ExitStack() as undo:
             folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="ulnet-table-")))
             folder.chmod(0o755)  # the measuring processes give root up and must reach the sockets
             self.testbed = testbed = undo.enter_context(Testbed())
             a, b = testbed.host("a"), testbed.host("b")
-            testbed.wire(a, b, a_addr=f"{KERNEL['a']}/24", b_addr=f"{KERNEL['b']}/24")
+            if lossy:
+                middle = testbed.host("m")
+                testbed.wire(a, middle, a_addr=f"{KERNEL['a']}/24")
+                testbed.wire(b, middle, a_addr=f"{KERNEL['b']}/24")
+                self.hop = undo.enter_context(LossyHop(middle))
+            else:
+                testbed.wire(a, b, a_addr=f"{KERNEL['a']}/24", b_addr=f"{KERNEL['b']}/24")
             paths = {name: folder / f"{name}.sock" for name in ("a", "b")}
             self.stamps = {name: str(folder / f"{name}.stamps") for name in ("server-a", "server-b", "a", "b")}
             if stamps:

@@ -6,6 +6,7 @@ import json
 import resource
 import socket as kernel
 import struct
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ulnet.stack import proxy
 from ulnet.table import features
 
 TIMEOUT_S = 20.0
+GREET_S = 1.0
 Command = dict[str, Any]
 Figures = dict[str, Any]
 
@@ -120,9 +122,23 @@ def pair(ends: Ends, command: Command) -> Any:
     sock = ends.socket(api, proto)
     sock.connect((command["peer"], command["port"]))
     if proto == "udp":
-        sock.send(b"hello")
-        sock.recv(64)
+        _greet(sock, api)
     return sock
+
+
+def _greet(sock: Any, api: str) -> None:
+    """Until there is an answer: the link may lose some."""
+    end = time.monotonic() + TIMEOUT_S
+    patient(sock, GREET_S) if api == "kernel" else sock.settimeout(GREET_S)
+    while True:
+        sock.send(b"hello")
+        try:
+            sock.recv(64)
+            break
+        except (BlockingIOError, TimeoutError):
+            if time.monotonic() > end:
+                raise TimeoutError("no answer to a greeting") from None
+    patient(sock) if api == "kernel" else sock.settimeout(TIMEOUT_S)
 
 
 def say(answer: Figures) -> None:

@@ -65,7 +65,7 @@ def notes(bed: Bed) -> list[str]:
 
 
 def measure(
-    budget: Budget, step: Callable[[str, float], None], *, table: bool, with_targets: bool, layers: bool
+    budget: Budget, step: Callable[[str, float], None], *, table: bool, with_targets: bool, layers: bool, loss: bool
 ) -> dict[str, Any]:
     """The document. ``step(what, share done)``."""
     document: dict[str, Any] = {
@@ -87,10 +87,15 @@ def measure(
                 document["targets"] = targets.measure(
                     context, lambda name, share: step(name, part + share * (1 - part))
                 )
-                document["notes"].append(targets.LEFT_OUT)
             for row in grid.rows:
                 if row.key in grid.skipped and not row.missing():
                     document["notes"].append(f"{row.name}: gave up: {grid.skipped[row.key]}.")
+    if loss:
+        with Bed(lossy=True) as bed:
+            document.setdefault("notes", notes(bed))
+            context = targets.Context(bed, budget, Table((), ()))
+            found = targets.measure(context, step, targets.LOSS_TARGETS)
+            document["targets"] = document.get("targets", []) + found
     if layers:
         from ulnet.table import layers as layering
 
@@ -110,7 +115,9 @@ def show(document: dict[str, Any], console: Console) -> None:
         console.print(report.layers_view(document["layers"]))
 
 
-def main(*, quick: bool, only_targets: bool, layers: bool, json_path: str | None, html_path: str | None) -> int:
+def main(
+    *, quick: bool, only_targets: bool, layers: bool, loss: bool, json_path: str | None, html_path: str | None
+) -> int:
     for path in (json_path, html_path):
         folder = Path(path).resolve().parent if path else None
         if folder is not None and not os.access(folder, os.W_OK):  # before minutes of measuring, not after
@@ -133,9 +140,10 @@ def main(*, quick: bool, only_targets: bool, layers: bool, json_path: str | None
         document = measure(
             budget_for(quick),
             lambda name, share: bar.update(task, description=name, completed=share),
-            table=not only_targets and not layers,
-            with_targets=only_targets or not layers,
+            table=not (only_targets or layers or loss),
+            with_targets=only_targets or not (layers or loss),
             layers=layers,
+            loss=loss or not layers,
         )
     document["quick"] = quick
     show(document, console)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ulnet.stack import checksum
-from ulnet.table import features
+from ulnet.table import features, peers
 from ulnet.table.bed import Bed, MeasureError
 from ulnet.table.ends import page_bytes
 from ulnet.table.measure import Budget, Table, bulk_bytes, paired_ratio, quartiles, twice
 from ulnet.table.report import number
 from ulnet.table.rows import BLOCKING, BUFFER_IPF, COLUMN, IPF, SERVER, SHM, SPINNING
 
-LEFT_OUT = "Not compared: lwIP and PyTCP, which this command does not bring along."
 REQUEST_CONNECTIONS, CHANNELS, SESSIONS = 1000, 2048, 10_000  # what the targets speak of
 HOLD_AT_ONCE = 50
 TURNS_MIN = 3
@@ -246,6 +245,38 @@ def placement(context: Context) -> Outcome:
     return Outcome(paired_ratio(found["server"], found["library"]), how, _pairs(found["server"], found["library"]))
 
 
+# -- other user-level stacks ------------------------------------------------------------------------
+
+
+def _other(context: Context, other: peers.Other, what: str) -> Outcome:
+    """The library from Python, sendall and recv_into, to another stack with its own interface at both ends."""
+    budget = context.budget
+    share = min(1.0, (budget.trips / 2000) if what == "rtt" else budget.bulk_s / 0.4)
+    amount = max(10, int((other.trips if what == "rtt" else other.bulk_bytes) * share))
+    ours = _trips(context, IPF.api, "tcp", spin=True) if what == "rtt" else _bulk(context, IPF.api)
+    found = _turns(context, {"theirs": lambda: other.measure(context.bed, what, amount), "ours": ours})
+    unit, scale = ("us", 1.0) if what == "rtt" else ("Mbit/s", 1000.0)
+    mine, theirs = ([value * scale for value in found[side]] for side in ("ours", "theirs"))
+    how = _against(mine, theirs, unit)
+    return Outcome(paired_ratio(found["ours"], found["theirs"]), how, _pairs(found["ours"], found["theirs"]))
+
+
+def lwip_trip(context: Context) -> Outcome:
+    return _other(context, peers.LWIP, "rtt")
+
+
+def lwip_bulk(context: Context) -> Outcome:
+    return _other(context, peers.LWIP, "bulk")
+
+
+def pytcp_trip(context: Context) -> Outcome:
+    return _other(context, peers.PYTCP, "rtt")
+
+
+def pytcp_bulk(context: Context) -> Outcome:
+    return _other(context, peers.PYTCP, "bulk")
+
+
 # -- many of something -----------------------------------------------------------------------------
 
 
@@ -368,6 +399,83 @@ def checksums(context: Context) -> Outcome:
     return Outcome(min(ratios.values()), how)
 
 
+# -- with loss: on a bed of its own, through a host that loses frames (Bed(lossy=True)) ----------------
+
+LOSE_ONE_IN = 100
+
+
+def _lossy(context: Context, sides: dict[str, Callable[[], float]], share: float = 2.0) -> dict[str, list[float]]:
+    context.bed.hop.lose(LOSE_ONE_IN)
+    try:
+        return _turns(context, sides, share)
+    finally:
+        context.bed.hop.lose(0)
+
+
+def _compared(found: dict[str, list[float]], how: str) -> Outcome:
+    return Outcome(paired_ratio(found["ulnet"], found["kernel"]), how, _pairs(found["ulnet"], found["kernel"]))
+
+
+def loss_tcp_trip(context: Context) -> Outcome:
+    command = {"op": "trips-for", "proto": "tcp", "seconds": context.budget.target_s / 3}
+
+    def mean(api: str) -> Callable[[], float]:
+        return lambda: float(context.bed.once(command, api)["mean_us"])
+
+    found = _lossy(context, {"kernel": mean("kernel"), "ulnet": mean(IPF.api)})
+    return _compared(found, f"mean {_against(found['ulnet'], found['kernel'], 'us')}, retransmissions included")
+
+
+def loss_udp_trip(context: Context) -> Outcome:
+    command = {"op": "trips-for", "proto": "udp", "seconds": context.budget.target_s / 6}
+    gone = {"kernel": [0, 0], IPF.api: [0, 0]}
+
+    def median(api: str) -> Callable[[], float]:
+        def side() -> float:
+            figures = context.bed.once(command, api)
+            gone[api][0] += figures["lost"]
+            gone[api][1] += figures["sent"]
+            return float(figures["us"])
+
+        return side
+
+    found = _lossy(context, {"kernel": median("kernel"), "ulnet": median(IPF.api)}, 1.0)
+    lost = [f"{100 * lost / max(1, sent):.1f} %" for lost, sent in (gone[IPF.api], gone["kernel"])]
+    how = f"median of those answered {_against(found['ulnet'], found['kernel'], 'us')}; no answer: {lost[0]}, {lost[1]}"
+    return _compared(found, how)
+
+
+def _loss_bulk(context: Context) -> Outcome:
+    size = max(4, round(64 * min(1.0, context.budget.bulk_s / 0.4))) << 20
+    command = {"op": "bulk", "proto": "tcp", "bytes": size}
+
+    def rate(api: str) -> Callable[[], float]:
+        return lambda: float(context.bed.once(command, api)["gbit"])
+
+    found = _lossy(context, {"kernel": rate("kernel"), "ulnet": rate(IPF.api)})
+    return _compared(found, _against(found["ulnet"], found["kernel"], "Gbit/s") + " with CUBIC, SACK and RACK")
+
+
+def loss_bulk(context: Context) -> Outcome:
+    return _loss_bulk(context)
+
+
+def loss_bulk_no_offload(context: Context) -> Outcome:
+    with context.bed.no_offload():
+        return _loss_bulk(context)
+
+
+def loss_requests(context: Context) -> Outcome:
+    count = min(100, context.budget.connections)
+    command = {"op": "requests", "count": count, "seconds": max(0.1, context.budget.target_s / 4)}
+
+    def rate(api: str) -> Callable[[], float]:
+        return lambda: float(context.bed.once(command, api)["rate"])
+
+    found = _lossy(context, {"kernel": rate("kernel"), "ulnet": rate(IPF.api)})
+    return _compared(found, f"{count} connections: {_against(found['ulnet'], found['kernel'], 'answers/s')}")
+
+
 # -- the targets -----------------------------------------------------------------------------------
 
 
@@ -411,11 +519,30 @@ TARGETS = (
     Target("batches", "UDP 64 B datagrams a second, batch calls", "", 8, 20, datagram_batches, low=False),
     Target("requests", "1 KiB requests over many connections, one thread each end", "", 2, 4, requests, low=False),
     Target("connections", "connect, one exchange, close, a second", "", 0.7, 1.0, connections, low=False),
+    Target("lwip", "TCP 1 B round trip, to lwIP (C, spinning) on the same link", "", 1.0, None, lwip_trip),
+    Target("lwip-bulk", "bulk TCP, to lwIP", "", 1.0, None, lwip_bulk, low=False),
+    Target("pytcp", "TCP 1 B round trip, to PyTCP on the same link", "", 1.0, None, pytcp_trip),
+    Target("pytcp-bulk", "bulk TCP, to PyTCP", "", 1.0, None, pytcp_bulk, low=False),
     Target("placement", "server placement to library placement, 1 B round trip", "2.5", None, None, placement),
     Target("channels", "round trip with 2,048 channels, to one", "", 1.3, None, many_channels),
     Target("sessions", "round trip with 10,000 sessions in one channel", "", 1.1, None, many_sessions),
     Target("memory", "memory of an idle session, library and server", "", 6, 3, session_memory, unit="KiB"),
     Target("checksum", "Internet checksum, to a C loop over 16-bit words", "", 10, None, checksums, low=False),
+)
+LOSS_TARGETS = (
+    Target("loss-tcp1", "1 % loss: TCP 1 B round trip", "", 1.2, 0.5, loss_tcp_trip),
+    Target("loss-udp1", "1 % loss: UDP 1 B round trip", "", 0.85, 0.5, loss_udp_trip),
+    Target("loss-bulk", "1 % loss of 64 KiB segments: bulk TCP", "", 0.5, 1.0, loss_bulk, low=False),
+    Target(
+        "loss-bulk-plain-wire",
+        "1 % loss of frames: bulk TCP, offloads off",
+        "",
+        0.5,
+        1.0,
+        loss_bulk_no_offload,
+        low=False,
+    ),
+    Target("loss-requests", "1 % loss: 1 KiB requests", "", 1.0, 2, loss_requests, low=False),
 )
 
 

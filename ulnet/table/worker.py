@@ -24,6 +24,8 @@ from ulnet.table import crowds, features
 from ulnet.table.ends import TIMEOUT_S, Command, Ends, Figures, accept, listen, pair, patient, say
 
 LOST_S = 0.2  # a datagram train that has paused for so long has lost the rest
+ANSWER_S = 0.01  # for a datagram's answer, where some get lost
+LAST = 255  # the byte that ends round trips of unknown number
 CHUNK = 1 << 20
 PIECE = 65_536  # what the buffer interface sends and takes at a time
 AHEAD = 2  # datagram trains on their way
@@ -163,6 +165,56 @@ def _stamped(sock: Any, command: Command) -> Figures:
             end.receive()
             mark(received)
     return {}
+
+
+def _trips_for(sock: Any, command: Command) -> Figures:
+    """1-byte round trips for ``seconds``, where some get lost: ``us`` the median, ``mean_us`` of all the time spent.
+
+    A datagram that has no answer after ANSWER_S is ``lost``; TCP sends again by itself.
+    """
+    tcp, spin = command["proto"] == "tcp", command["api"] == "kernel"
+    _tune(sock, command["api"], tcp, spin)
+    if not (tcp or spin):
+        sock.settimeout(ANSWER_S)
+    view = memoryview(bytearray(1))
+    quiet: tuple[type[OSError], ...] = (BlockingIOError, TimeoutError)
+
+    def received(limit_s: float) -> bool:
+        """False at the end of the stream, or when the answer is late."""
+        end = time.monotonic() + limit_s
+        while True:
+            try:
+                return bool(sock.recv_into(view))
+            except quiet:
+                if time.monotonic() > end:
+                    return False
+
+    if command["side"] == "b":
+        while received(TIMEOUT_S if tcp else TIMEOUT_S / 10) and view[0] != LAST:
+            sock.send(view)
+        return {}
+    times = []
+    lost = number = 0
+    start = time.monotonic()
+    end = start + command["seconds"]
+    while (now := time.monotonic()) < end:
+        number = (number + 1) % LAST
+        sock.send(bytes((number,)))
+        while (answered := received(TIMEOUT_S if tcp else ANSWER_S)) and view[0] != number:
+            pass  # a late one
+        if answered:
+            times.append(time.monotonic() - now)
+        elif tcp:
+            raise TimeoutError(f"no answer for {TIMEOUT_S:.0f} s")
+        else:
+            lost += 1
+    mean = (time.monotonic() - start) / max(1, len(times))
+    with contextlib.suppress(ConnectionRefusedError):  # it went at the first of them
+        for _ in range(1 if tcp else 10):
+            sock.send(bytes((LAST,)))
+    if not times:
+        raise TimeoutError("nothing was answered")
+    return {"us": statistics.median(times) * 1e6, "mean_us": mean * 1e6, "lost": lost, "sent": len(times) + lost}
 
 
 # -- bulk ------------------------------------------------------------------------------------------
@@ -343,6 +395,8 @@ def _run(ends: Ends, command: Command) -> Figures:
     with pair(ends, command) as sock:
         if op == "rtt":
             return _round_trips(ends, sock, command)
+        if op == "trips-for":
+            return _trips_for(sock, command)
         if op == "stamped":
             return _stamped(sock, command)
         if op == "train":

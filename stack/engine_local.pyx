@@ -5,7 +5,8 @@ the ends of connections are the library's own (proxy.py). differs: SOSP 1993 3.1
 pair for each; measured here, that made a connection thirteen times as dear as the kernel's.
 """
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
@@ -45,8 +46,7 @@ cdef int local_lease(engine *e, ports, bint on) except -1:
 cdef list local_embryos(engine *e, ul_session *listener):
     """A listener is about to move: the states of its sessions whose handshake is under way. New requests are strays."""
     cdef ul_session *s
-    cdef uint8_t *out
-    cdef size_t n
+    cdef PyObject *out
     cdef int rc
     cdef list states = []
     while True:
@@ -59,14 +59,14 @@ cdef list local_embryos(engine *e, ul_session *listener):
                 listener.shut_wr = e.library
                 s = handover_embryo(e, listener)
             if s != NULL:
-                rc = handover_export(e, s, &out, &n)
+                rc = handover_export(e, s, &out)
                 session_unref(e, s)
             engine_unlock(e)
         if s == NULL:
             return states
         if rc == 0:
-            states.append(PyBytes_FromStringAndSize(<char *>out, n))
-        free(out)
+            states.append(<object>out)
+            Py_DECREF(<object>out)         # the reference that came with it
 
 
 cdef list local_closing(object owner, engine *e):

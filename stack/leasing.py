@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
@@ -25,6 +27,7 @@ from ulnet.stack.session import Session
 TCP: Final = 6
 FIRST_LEASE: Final = 8
 MOST_AT_ONCE: Final = 256
+REST_NS: Final = 10_000_000
 TIME_WAITS_RETURNED: Final = 1024  # at the program's end; what they guard against is improbable, a late exit is not
 _OPENING: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
 
@@ -34,7 +37,7 @@ class Leasing(Attachment):
 
     def _start_anew(self) -> None:
         super()._start_anew()
-        self._free_ports: list[int] = []
+        self._free_ports: deque[tuple[int, int]] = deque()  # and since when (ns)
         self._leases = 0  # ports leased to this process, those of open connections included
         self._lease_refused = self._lease_asked = False
         self._ports_used: dict[int, int] = {}  # by session
@@ -83,21 +86,30 @@ class Leasing(Attachment):
     def _take_port(self, address: str, port: int, timeout_ns: int) -> int:
         """A leased port that no session has; 0: there is none to be had now."""
         self._settle()
-        if not self._free_ports and timeout_ns != 0 and not self._lease_refused:
+        now = time.monotonic_ns()
+        if timeout_ns != 0 and not self._lease_refused and not self._rested(now):
             patience_s = CALL_TIMEOUT_S if timeout_ns < 0 else min(CALL_TIMEOUT_S, timeout_ns / 1e9)
             self._on_leased(self._rpc(p.Call.LEASE, self._more(), timeout=patience_s))
         with self._lock:
             # Ahead of the need, for who does not wait.
-            ask = len(self._free_ports) <= self._leases // 4 and not self._lease_refused and not self._lease_asked
+            few = len(self._free_ports) <= self._leases // 4 or not self._rested(now)
+            ask = few and not self._lease_refused and not self._lease_asked
             self._lease_asked |= ask
             found = 0
-            for at in range(len(self._free_ports) - 1, -1, -1):
-                if address != self.address or self._free_ports[at] != port:  # else it would be connected to itself
-                    found = self._free_ports.pop(at)
+            for _ in range(len(self._free_ports)):
+                candidate = self._free_ports.popleft()
+                if address != self.address or candidate[0] != port:  # else it would be connected to itself
+                    found = candidate[0]
                     break
+                self._free_ports.append(candidate)
         if ask:
             self._post(p.Call.LEASE, self._more(), reply_to=self._port)
         return found
+
+    def _rested(self, now_ns: int) -> bool:
+        """Is there a port that a peer which closed first, and is in TIME-WAIT, will take a new connection from? It does
+        by the timestamp, a clock of milliseconds (RFC 6191)."""
+        return bool(self._free_ports) and now_ns - self._free_ports[0][1] >= REST_NS
 
     def _more(self) -> p.Lease:
         """As many again as there are."""
@@ -117,7 +129,7 @@ class Leasing(Attachment):
         ports = p.unpack_ports(message.ool[0])
         self.engine.lease(ports)
         with self._lock:
-            self._free_ports += ports
+            self._free_ports.extendleft((port, 0) for port in ports)
             self._leases += len(ports)
 
     def _leave_port(self, number: int) -> None:
@@ -126,7 +138,7 @@ class Leasing(Attachment):
             self._undeclared.discard(number)
             port = self._ports_used.pop(number, 0)
             if port:
-                self._free_ports.append(port)
+                self._free_ports.append((port, time.monotonic_ns()))
                 self._lease_refused = False
 
     def _settle(self) -> None:

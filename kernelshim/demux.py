@@ -56,6 +56,7 @@ DEFAULT_MAX_CHANNELS = 4096
 _MAX_FLOWS = 1 << 20
 _VNET_BYTES = 10  # struct virtio_net_hdr, before each frame that a PACKET_VNET_HDR socket sends
 _PROBE_SECONDS = 0.05  # probes are answered within the send call, or after a little when the processor is busy
+_SWEPT_AT_ONCE = 4
 _PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
 
@@ -271,7 +272,8 @@ class Demux:
             # between finds a dying channel, whose filter drops it, and not the server, which would reset it.
             self._show(self._order[-1], self._order.index(member))
             member.let_go()
-        self.sweep()
+        if sum(other.sock is None for other in self._order) <= _SWEPT_AT_ONCE:
+            self.sweep()  # it looks at every socket of the namespace: when a crowd leaves, once for all of them
         return channel_id not in self._members
 
     @property

@@ -87,6 +87,9 @@ class Engine:
     def lease(self, ports: Iterable[int], on: bool = True) -> None:
         """Library: these local TCP ports are its own (not ``on``: no more). What comes for no session there is refused,
         not kept."""
+    def recycle(self, most: int) -> int:
+        """Library: end so many sessions at leased ports that have been in TIME-WAIT for a second, and whose peers will
+        know a new connection by its timestamp. How many there were."""
     def export_embryos(self, listener: Session) -> list[bytes]:
         """The states of its sessions whose handshake is under way, for deliver() elsewhere. Library: connection
         requests are strays from here on; listening again takes that back."""

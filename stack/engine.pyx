@@ -27,7 +27,7 @@ from ulnet.stack.engine_handover cimport (
     foreign_add, foreign_forget, handover_enqueue, handover_export, handover_import, handover_revive,
 )
 from ulnet.stack.engine_input cimport engine_frame, orphans_replay
-from ulnet.stack.engine_local cimport local_closing, local_embryos, local_lease, local_number
+from ulnet.stack.engine_local cimport local_closing, local_embryos, local_lease, local_number, local_recycle
 from ulnet.stack.engine_output cimport emit_refusal
 from ulnet.stack.engine_polls cimport polls_closed
 from ulnet.stack.engine_report cimport report_counters, report_sessions
@@ -448,6 +448,9 @@ cdef class Engine:
 
     def lease(self, ports, bint on=True):
         local_lease(self.e, ports, on)
+
+    def recycle(self, int most):
+        return local_recycle(self.e, most)
 
     def knows_flow(self, int proto, str laddr, int lport, str raddr, int rport):
         """Has it a session of this flow?"""

@@ -6,4 +6,5 @@ from ulnet.stack.engine_core cimport engine, ul_session
 cdef object local_number(engine *e)
 cdef int local_lease(engine *e, ports, bint on) except -1
 cdef list local_embryos(engine *e, ul_session *listener)
+cdef int local_recycle(engine *e, int most)
 cdef list local_closing(object owner, engine *e)

@@ -28,6 +28,8 @@ TCP: Final = 6
 FIRST_LEASE: Final = 8
 MOST_AT_ONCE: Final = 256
 REST_NS: Final = 10_000_000
+REFUSED_NS: Final = 1_000_000_000  # before the server is asked again
+RECYCLED_AT_ONCE: Final = 64
 TIME_WAITS_RETURNED: Final = 1024  # at the program's end; what they guard against is improbable, a late exit is not
 _OPENING: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
 
@@ -39,7 +41,8 @@ class Leasing(Attachment):
         super()._start_anew()
         self._free_ports: deque[tuple[int, int]] = deque()  # and since when (ns)
         self._leases = 0  # ports leased to this process, those of open connections included
-        self._lease_refused = self._lease_asked = False
+        self._lease_asked = False
+        self._no_lease_until = 0  # the server refused one
         self._ports_used: dict[int, int] = {}  # by session
         self._undeclared: set[int] = set()  # sessions here that the server does not know by number
         self._declared: set[int] = set()  # that it knows, of those set up here
@@ -87,13 +90,16 @@ class Leasing(Attachment):
         """A leased port that no session has; 0: there is none to be had now."""
         self._settle()
         now = time.monotonic_ns()
-        if timeout_ns != 0 and not self._lease_refused and not self._rested(now):
+        may_lease = now >= self._no_lease_until
+        if timeout_ns != 0 and may_lease and not self._rested(now):
             patience_s = CALL_TIMEOUT_S if timeout_ns < 0 else min(CALL_TIMEOUT_S, timeout_ns / 1e9)
             self._on_leased(self._rpc(p.Call.LEASE, self._more(), timeout=patience_s))
+        if not self._free_ports and now < self._no_lease_until and self.engine.recycle(RECYCLED_AT_ONCE):
+            self._settle()
         with self._lock:
             # Ahead of the need, for who does not wait.
             few = len(self._free_ports) <= self._leases // 4 or not self._rested(now)
-            ask = few and not self._lease_refused and not self._lease_asked
+            ask = few and may_lease and not self._lease_asked
             self._lease_asked |= ask
             found = 0
             for _ in range(len(self._free_ports)):
@@ -122,7 +128,7 @@ class Leasing(Attachment):
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
-            self._lease_refused = True
+            self._no_lease_until = time.monotonic_ns() + REFUSED_NS
             return
         finally:
             self._lease_asked = False
@@ -139,7 +145,6 @@ class Leasing(Attachment):
             port = self._ports_used.pop(number, 0)
             if port:
                 self._free_ports.append((port, time.monotonic_ns()))
-                self._lease_refused = False
 
     def _settle(self) -> None:
         """Sessions that were closed have come to their end meanwhile."""

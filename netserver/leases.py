@@ -161,7 +161,7 @@ class LeaseTable(SessionTable):
         record.engine_session = None
         return waiting, embryos
 
-    def embryo(self, app: Application, request: p.Embryo, state: bytes) -> None:
+    def embryo(self, app: Application, request: p.Embryo, state: bytes | memoryview) -> None:
         """A connection whose handshake was under way when its listener was shared."""
         listener = app.sessions.get(request.listener)
         session = listener.engine_session if listener is not None else None

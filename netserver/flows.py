@@ -3,9 +3,38 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Address
+from typing import Any
 
-from ulnet.netserver.records import TCP, UDP, Flow
+from ulnet.netserver.records import TCP, UDP, Flow, SessionRecord
 from ulnet.stack import protocol as p
+
+
+class FlowTable(dict[Flow, SessionRecord]):
+    """Records by flow; ``connections`` are those of TCP at one local port, found without looking at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._at: dict[int, dict[Flow, SessionRecord]] = {}
+
+    def __setitem__(self, flow: Flow, record: SessionRecord) -> None:
+        super().__setitem__(flow, record)
+        if flow[0] == TCP and flow[4]:
+            self._at.setdefault(flow[2], {})[flow] = record
+
+    def __delitem__(self, flow: Flow) -> None:
+        super().__delitem__(flow)
+        there = self._at.get(flow[2])
+        if there is not None and there.pop(flow, None) is not None and not there:
+            del self._at[flow[2]]
+
+    def pop(self, flow: Flow, default: Any = None) -> Any:
+        record = self.get(flow, default)
+        if flow in self:
+            del self[flow]
+        return record
+
+    def connections(self, lport: int) -> list[SessionRecord]:
+        return list(self._at.get(lport, {}).values())
 
 
 def wire(flow: Flow) -> tuple[int, IPv4Address, int, IPv4Address | None, int]:

@@ -125,9 +125,7 @@ class LeaseTable(SessionTable):
 
     def _beside(self, listener: SessionRecord) -> list[SessionRecord]:
         """The connections at a listener's local endpoint."""
-        return [
-            r for r in self._flows.values() if r.protocol == TCP and r.lport == listener.lport and r.peer is not None
-        ]
+        return self._flows.connections(listener.lport)
 
     def _turn_to_server(self, record: SessionRecord) -> None:
         """A flow of its own, led here: else its packets would go where its port's do."""

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from ulnet.kernelshim.demux import Demux
 from ulnet.kernelshim.guard import Guard
-from ulnet.netserver.flows import flow_of_stray, wire
+from ulnet.netserver.flows import FlowTable, flow_of_stray, wire
 from ulnet.netserver.records import TCP, UDP, Application, Flow, Place, Refusal, SessionRecord
 from ulnet.stack import protocol as p
 from ulnet.stack.engine import EV_ACCEPTED, EV_CONNECTED, EV_FAILED, EV_GONE, Engine
@@ -62,7 +62,7 @@ class SessionTable:
         self.ports = PortTable([address])
         self.counters: Counter[str] = Counter()
         self.records: dict[int, SessionRecord] = {}
-        self._flows: dict[Flow, SessionRecord] = {}  # sessions with a peer, wherever they are
+        self._flows = FlowTable()  # sessions with a peer, wherever they are
         self._numbers = 0  # of connections accepted for nobody in particular
         self._deliver = deliver
         self._events: deque[tuple[int, Session, int]] = deque()

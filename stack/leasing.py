@@ -15,7 +15,7 @@ import os
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 from ulnet.ipc import Message
@@ -31,7 +31,6 @@ REST_NS: Final = 10_000_000
 REFUSED_NS: Final = 1_000_000_000  # before the server is asked again
 RECYCLED_AT_ONCE: Final = 64
 TIME_WAITS_RETURNED: Final = 1024  # at the program's end; what they guard against is improbable, a late exit is not
-_OPENING: Final = frozenset(("CLOSED", "SYN-SENT", "SYN-RECEIVED"))
 
 
 class Leasing(Attachment):
@@ -44,7 +43,8 @@ class Leasing(Attachment):
         self._lease_asked = False
         self._no_lease_until = 0  # the server refused one
         self._ports_used: dict[int, int] = {}  # by session
-        self._undeclared: set[int] = set()  # sessions here that the server does not know by number
+        self._undeclared: dict[int, p.Connection] = {}  # sessions here that the server does not know by number
+        self._accepted_at: dict[int, set[int]] = {}  # of those, by the listener's port
         self._declared: set[int] = set()  # that it knows, of those set up here
         self._local_listeners: set[int] = set()
 
@@ -62,7 +62,7 @@ class Leasing(Attachment):
         if not number:
             number = self._name(session)
             self._ports_used[number] = local
-            self._undeclared.add(number)
+            self._undeclared[number] = p.Connection(number, local, address, port)
         try:
             self.engine.open_tcp(session, self.address, local, address, port)
         except BaseException:
@@ -141,7 +141,7 @@ class Leasing(Attachment):
     def _leave_port(self, number: int) -> None:
         """Its session has come to its end: the next one may have the port."""
         with self._lock:
-            self._undeclared.discard(number)
+            self._known(number)
             port = self._ports_used.pop(number, 0)
             if port:
                 self._free_ports.append((port, time.monotonic_ns()))
@@ -162,7 +162,10 @@ class Leasing(Attachment):
         number = session.session_id
         if number & 0xFFFFFFFF >= p.SERVER_NUMBER:
             return False
-        self._undeclared.add(number)
+        port = session.local[1]
+        with self._lock:
+            self._undeclared[number] = p.Connection(number, port, *(session.peer or ("0.0.0.0", 0)))
+            self._accepted_at.setdefault(port, set()).add(number)
         return True
 
     # -- closing -------------------------------------------------------------------------------
@@ -196,31 +199,34 @@ class Leasing(Attachment):
 
     def _declare(self, session: Session) -> None:
         """Before a call about it."""
-        if session.session_id in self._undeclared and session.peer is not None:
-            raddr, rport = session.peer
-            self._post_connections([p.Connection(session.session_id, session.local[1], raddr, rport)])
+        connection = self._undeclared.get(session.session_id)
+        if connection is not None:
+            self._post_connections([connection])
 
-    def _declare_all(self, port: int = 0) -> None:
-        """Every connection, or those on one port, closed ones included."""
-        if not self._undeclared:
-            return
-        self._post_connections(
-            p.Connection(row["session_id"], row["local"][1], *row["remote"])
-            for row in self.engine.sessions()
-            if row["session_id"] in self._undeclared
-            and row["state"] not in _OPENING
-            and row["remote"] is not None
-            and port in (0, row["local"][1])
-        )
+    def _declare_all(self, port: int) -> None:
+        """Every connection that was accepted at a port, closed ones included."""
+        self._settle()
+        with self._lock:
+            connections = [self._undeclared[number] for number in self._accepted_at.get(port, ())]
+        self._post_connections(connections)
 
-    def _post_connections(self, connections: Iterable[p.Connection]) -> None:
-        rows = list(connections)
+    def _known(self, number: int) -> None:
+        """To the server, or gone. Lock held."""
+        connection = self._undeclared.pop(number, None)
+        there = self._accepted_at.get(connection.lport) if connection is not None else None
+        if connection is not None and there is not None:
+            there.discard(number)
+            if not there:
+                del self._accepted_at[connection.lport]
+
+    def _post_connections(self, rows: Sequence[p.Connection]) -> None:
         for start in range(0, len(rows), p.CONNECTIONS_A_MESSAGE):
             part = rows[start : start + p.CONNECTIONS_A_MESSAGE]
             self._post(p.Call.DECLARE, p.Nothing(), ool=[p.pack_connections(part)])
-            for row in part:
-                self._undeclared.discard(row.session)
-                self._declared.add(row.session)
+            with self._lock:
+                for row in part:
+                    self._known(row.session)
+                    self._declared.add(row.session)
         self.engine.tell_ends = bool(self._declared)
 
     def _gone_from_here(self, number: int) -> None:

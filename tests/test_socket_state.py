@@ -384,6 +384,7 @@ atexit.register(lambda: reader.join(10))
 from ulnet.stack import embedded, socket
 a, b = embedded.pair()
 listener = socket.create_server(("", 7), host=b)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # delivered is read, but for so much
 client = socket.create_connection(("10.0.0.2", 7), host=a)
 server, _ = listener.accept()
 def read():

@@ -179,6 +179,8 @@ class LeaseTable(SessionTable):
     def declare(self, app: Application, connections: Sequence[p.Connection]) -> None:
         """From now on the server knows them as it knows those that it has set up."""
         for connection in connections:
+            if connection.session in app.sessions:
+                continue  # two threads were about to share it
             if len(app.sessions) >= SESSIONS_PER_APPLICATION:
                 raise Refusal(errno.EMFILE, f"{SESSIONS_PER_APPLICATION} sessions are open: close some")
             record = self._enroll(app, connection)

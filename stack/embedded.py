@@ -22,7 +22,7 @@ from types import TracebackType
 from ulnet.kernelshim.link import Link
 from ulnet.kernelshim.memory import memory_pair
 from ulnet.stack import forking
-from ulnet.stack.engine import ERROR, EV_GONE, HUP, WRITABLE, Engine
+from ulnet.stack.engine import EV_GONE, Engine
 from ulnet.stack.host import Host
 from ulnet.stack.metastate import Metastate
 from ulnet.stack.ports import TCP, UDP, WILDCARDS, Name, PortTable
@@ -117,7 +117,7 @@ class Embedded(Host):
         return local, name.port
 
     def connect(self, session: Session, address: str, port: int, timeout_ns: int) -> None:
-        """See Host. A blocking call that times out leaves the attempt running, as connect(2) does; close() ends it."""
+        """See Host."""
         if address in WILDCARDS:
             address = self.address
         elif ipaddress.IPv4Address(address) in _LOOPBACK:
@@ -132,21 +132,7 @@ class Embedded(Host):
             raise OSError(number, os.strerror(number))
         self.engine.reopen(session)
         name = self._name_flow(session, address, port)
-        try:
-            self.engine.open_tcp(session, name.addr, name.port, address, port)
-        except BaseException:
-            self._unname_flow(session)
-            raise
-        if timeout_ns == 0:
-            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
-        ready = session.wait(WRITABLE, timeout_ns)
-        if not ready:
-            raise TimeoutError("timed out")
-        number = session.take_error()
-        if number or ready & (ERROR | HUP):
-            self._unname_flow(session)
-            self.engine.reopen(session)
-            raise OSError(number or errno.ECONNABORTED, os.strerror(number or errno.ECONNABORTED))
+        self._open_tcp(session, (name.addr, name.port), (address, port), timeout_ns, self._unname_flow)
 
     def _connect_udp(self, session: Session, address: str, port: int) -> None:
         with self._lock:

@@ -7,9 +7,11 @@ Two places implement it: ``proxy.Proxy`` (the network server, by messages; SOSP 
 from __future__ import annotations
 
 import errno
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
-from ulnet.stack.engine import Engine
+from ulnet.stack.engine import ERROR, HUP, WRITABLE, Engine
 from ulnet.stack.session import Session
 
 
@@ -40,6 +42,35 @@ class Host(ABC):
         TCP: returns when established; timeout 0 starts it, raises BlockingIOError (EINPROGRESS) and the session becomes
         WRITABLE or ERROR later. UDP: names the peer. ECONNREFUSED, ENETUNREACH, EHOSTUNREACH, ETIMEDOUT, EADDRNOTAVAIL.
         """
+
+    def _open_tcp(
+        self,
+        session: Session,
+        local: tuple[str, int],
+        peer: tuple[str, int],
+        timeout_ns: int,
+        failed: Callable[[Session], None],
+    ) -> None:
+        """``connect`` by this host's own engine, from a local endpoint that is its own; ``failed`` takes that back.
+
+        A blocking call that times out leaves the attempt running, as connect(2) does; close() ends it.
+        """
+        try:
+            self.engine.open_tcp(session, *local, *peer)
+        except BaseException:
+            failed(session)
+            raise
+        if timeout_ns == 0:
+            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        ready = session.wait(WRITABLE, timeout_ns)
+        if not ready:
+            raise TimeoutError("timed out")
+        code = session.take_error()
+        if code or ready & (ERROR | HUP):
+            self.engine.reopen(session)
+            failed(session)
+            code = code or errno.ECONNABORTED
+            raise OSError(code, os.strerror(code))
 
     @abstractmethod
     def listen(self, session: Session, backlog: int) -> None:

@@ -11,7 +11,6 @@ differs: in SOSP 1993 (3.1, table 1) the server does every handshake and hands t
 from __future__ import annotations
 
 import errno
-import os
 import time
 from abc import abstractmethod
 from collections import deque
@@ -21,7 +20,6 @@ from typing import Final
 from ulnet.ipc import Message
 from ulnet.stack import protocol as p
 from ulnet.stack.attachment import CALL_TIMEOUT_S, Attachment
-from ulnet.stack.engine import ERROR, HUP, WRITABLE
 from ulnet.stack.session import Session
 
 TCP: Final = 6
@@ -63,26 +61,11 @@ class Leasing(Attachment):
             number = self._name(session)
             self._ports_used[number] = local
             self._undeclared[number] = p.Connection(number, local, address, port)
-        try:
-            self.engine.open_tcp(session, self.address, local, address, port)
-        except BaseException:
-            self._connect_failed(session)
-            raise
-        if timeout_ns == 0:
-            raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
-        ready = session.wait(WRITABLE, timeout_ns)
-        if not ready:
-            raise TimeoutError("timed out")
-        code = session.take_error()
-        if code or ready & (ERROR | HUP):
-            self._connect_failed(session)
-            code = code or errno.ECONNABORTED
-            raise OSError(code, os.strerror(code))
+        self._open_tcp(session, (self.address, local), (address, port), timeout_ns, self._connect_failed)
         return True
 
     def _connect_failed(self, session: Session) -> None:
         number = session.session_id
-        self.engine.reopen(session)
         self._unname(session)
         self._leave_port(number)
 

@@ -208,8 +208,11 @@ class Leasing(Attachment):
             self._post(p.Call.DECLARE, p.Nothing(), ool=[p.pack_connections(part)])
             with self._lock:
                 for row in part:
-                    self._known(row.session)
-                    self._declared.add(row.session)
+                    if row.session in self._undeclared:
+                        self._known(row.session)
+                        self._declared.add(row.session)
+                    elif row.session not in self._declared:  # it came to its end meanwhile
+                        self._post_quietly(p.Call.FORGET, p.Forget(row.session))
         self.engine.tell_ends = bool(self._declared)
 
     def _gone_from_here(self, number: int) -> None:

@@ -146,6 +146,8 @@ class Engine:
     def after_fork_child(self) -> None:
         """This engine is the parent's: its link is closed here, calls on its sessions raise EBADF, except on shared
         ones, which work, and on shells; rebind() them to an engine of the child's own."""
+    def take_session(self, session: Session) -> None:
+        """What Session.rebind() calls."""
     @property
     def broken(self) -> bool:
         """True in a child for the engines of its parent."""

@@ -2,7 +2,7 @@
 
 The server leases local ports to a library and leads a listener's packets to it; from then on handshakes, refusals and
 the ends of connections are the library's own (proxy.py). differs: SOSP 1993 3.1 has the server do them, at a message
-pair for each; measured here, that made a connection thirteen times as dear as the kernel's.
+pair for each; measured here, that made a connection fifteen times as dear as the kernel's.
 """
 
 from cpython.object cimport PyObject

@@ -140,16 +140,15 @@ class Leasing(Attachment):
 
     # -- accepting -----------------------------------------------------------------------------
 
-    def _accepted_here(self, session: Session) -> bool:
-        """One session left a listener's queue. True: it was set up here."""
+    def _accepted_here(self, session: Session) -> None:
+        """One session left a listener's queue; it was set up here unless the server delivered it."""
         number = session.session_id
         if number & 0xFFFFFFFF >= p.SERVER_NUMBER:
-            return False
+            return
         port = session.local[1]
         with self._lock:
             self._undeclared[number] = p.Connection(number, port, *(session.peer or ("0.0.0.0", 0)))
             self._accepted_at.setdefault(port, set()).add(number)
-        return True
 
     # -- closing -------------------------------------------------------------------------------
 

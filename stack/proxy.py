@@ -104,11 +104,9 @@ class Proxy(Sharing):
         if session.live:
             raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
         self.engine.reopen(session)  # after an attempt that failed
-        if self.placement == "application" and (not session.session_id or self._is_here(session.session_id)):
-            if session.session_id in self._connecting:
-                raise OSError(errno.EALREADY, os.strerror(errno.EALREADY))
-            if self._connect_here(session, address, port, timeout_ns):
-                return
+        here = self.placement == "application" and (not session.session_id or self._is_here(session.session_id))
+        if here and self._connect_here(session, address, port, timeout_ns):
+            return
         named = session.session_id != 0
         number = session.session_id or self._name(session)
         request = p.Connect(number, session.kind, address, port)

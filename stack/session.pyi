@@ -134,5 +134,5 @@ class Session:
     def announced(self) -> int | None:
         """Of a shared listener: the number of the next connection that waits, or None. CLAIM it. OSError EINVAL when
         the server has ended it."""
-    def rebind(self, engine: Engine) -> None:
+    def rebind(self, owner: Engine) -> None:
         """Move to another engine, after a fork: a shared session, or one without protocol state (shell, ended)."""

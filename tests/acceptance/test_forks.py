@@ -59,7 +59,7 @@ def test_forks_with_a_mebibyte_each_way(hosts: Hosts) -> None:
         app.do(f"while sock.session.stat()['unread_bytes'] < {SIZE}: time.sleep(0.01)")
         # What the peer's window takes, and 1 MiB more.
         app.do(
-            "sent = os.urandom(64 << 20); at = 0\n"
+            "sent = os.urandom(8 << 20); at = 0\n"
             "import hashlib\n"
             "while True:\n"
             f"    unsent = sock.session.stat()['unsent_bytes']\n"

@@ -16,8 +16,8 @@ from ulnet.stack.tcp_congestion cimport tcp_cc_mss, tcp_cc_start
 from ulnet.stack.tcp_output cimport tcp_send_bare, tcp_send_dup_ack
 from ulnet.stack.tcp_reass cimport ooo_cut, ooo_insert, ooo_pull
 from ulnet.stack.tcp_recovery cimport (
-    REC_ENTER, REC_EXIT, REC_GROW, REC_INFLATE, REC_KEEP_TIMER, REC_LOSS, REC_PARTIAL, REC_SLOW, TCP_REC_NEWRENO,
-    TCP_REC_SACK, tcp_rec_forget, tcp_rec_start,
+    REC_ENTER, REC_EXIT, REC_GROW, REC_INFLATE, REC_KEEP_TIMER, REC_LOSS, REC_NEWS, REC_PARTIAL, REC_SLOW,
+    TCP_REC_NEWRENO, TCP_REC_SACK, tcp_rec_forget, tcp_rec_start,
 )
 from ulnet.stack.tcp_rtt cimport TCP_RTO_AFTER_SYN_LOSS_NS, tcp_rtt_sample
 from ulnet.stack.tcp_timer cimport (
@@ -179,9 +179,14 @@ cdef void enter_recovery(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
 
 
 cdef void on_sack(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg) noexcept nogil:
-    if pcb.rec.ops.on_sack(&pcb.rec, seg.sack, seg.sack_count, pcb.snd_una, pcb.snd_max, pcb.eff_mss) & REC_ENTER:
+    cdef int todo = pcb.rec.ops.on_sack(&pcb.rec, seg.sack, seg.sack_count, pcb.snd_una, pcb.snd_max, pcb.eff_mss)
+    if todo & REC_ENTER:
         enter_recovery(env, pcb)
         pcb.cc.cwnd_bytes = pcb.cc.ssthresh_bytes              # RFC 6675 5 (4.2): no inflation, blocks say what left
+    if todo & REC_NEWS and not pcb.flags & TF_PERSIST and not tcp_timer_is_off(pcb, TT_REXMT):
+        # As RFC 8985 7.2: the path works, so what is lost next may be asked after by another probe.
+        pcb.flags &= ~<uint32_t>TF_TLP
+        tcp_arm_rexmt(pcb, env.now_ns)
     pcb.flags |= TF_OUTPUT
 
 

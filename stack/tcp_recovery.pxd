@@ -20,6 +20,7 @@ cdef enum:
     REC_EXIT = 16                # recovery is over
     REC_KEEP_TIMER = 32          # do not restart the retransmission timer (later partial ACKs)
     REC_SLOW = 64                # grow, but the ACK is of data resent after a timeout
+    REC_NEWS = 128               # the peer has more than we knew
 
 ctypedef struct sack_range:      # bytes the peer has beyond snd_una, and what we did about the hole before them
     uint32_t left

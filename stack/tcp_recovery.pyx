@@ -229,12 +229,12 @@ cdef int sack_on_sack(tcp_rec *rec, const uint32_t *blocks, uint32_t count, uint
         return 0
     sack_account(rec, snd_una)
     if rec.state != REC_OPEN or not seq_gt(rec.lost_edge, snd_una) or not seq_gt(snd_una - 1, rec.recover):
-        return 0
+        return REC_NEWS
     rec.state = REC_FAST
     rec.recover = snd_max
     rec.blind = 0
     rec.urgent = 1                       # RFC 6675 5 (4.3): the first one at once
-    return REC_ENTER
+    return REC_NEWS | REC_ENTER
 
 
 cdef bint tcp_rec_hole(const tcp_rec *rec, uint32_t snd_una, uint32_t *seq, uint32_t *n_bytes) noexcept nogil:
@@ -399,5 +399,5 @@ cdef class Recovery:
 
 cdef set _names(int bits):
     words = ((REC_GROW, "grow"), (REC_ENTER, "enter"), (REC_INFLATE, "inflate"), (REC_PARTIAL, "partial"),
-             (REC_EXIT, "exit"), (REC_KEEP_TIMER, "keep-timer"), (REC_SLOW, "slow"))
+             (REC_EXIT, "exit"), (REC_KEEP_TIMER, "keep-timer"), (REC_SLOW, "slow"), (REC_NEWS, "news"))
     return {word for bit, word in words if bits & bit}

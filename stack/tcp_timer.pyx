@@ -63,6 +63,7 @@ cdef void on_retransmit(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         if pcb.flags & TF_PTO:
             # differs: RFC 8985 7.3 prefers new data, and 7.4 halves the window if the probe itself repaired a loss.
             pcb.flags = (pcb.flags & ~<uint32_t>TF_PTO) | TF_TLP | TF_OUTPUT
+            env.counters.tail_probes += 1
             tcp_rec_probe(&pcb.rec, pcb.snd_una, pcb.snd_max, pcb.eff_mss)
             tcp_arm_rexmt(pcb, env.now_ns)
             return

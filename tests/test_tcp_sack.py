@@ -20,9 +20,9 @@ OPTIONS = {"sack": True, "sndbuf": 1 << 20, "rcvbuf": 1 << 20}
 
 def test_more_than_two_segments_beyond_a_hole_mean_that_it_is_lost() -> None:
     r = Recovery("sack", iss=0)
-    assert r.on_sack([(3000, 5000)], 1000, 9000, 1000) == set()
+    assert r.on_sack([(3000, 5000)], 1000, 9000, 1000) == {"news"}
     assert (r.gone, r.hole(1000), r.extra_segments) == (2000, None, 0)  # may be on its way; what came left the network
-    assert r.on_sack([(3000, 5001)], 1000, 9000, 1000) == {"enter"}
+    assert r.on_sack([(3000, 5001)], 1000, 9000, 1000) == {"news", "enter"}
     assert r.hole(1000) == (1000, 2000)
     assert r.gone == 2001 + 2000
     r.resent(1000, 500, 1000, 9000)
@@ -35,7 +35,7 @@ def test_three_separate_blocks_mean_it_too() -> None:
     r = Recovery("sack", iss=0)
     r.on_sack([(2000, 2010)], 1000, 9000, 1000)
     r.on_sack([(3000, 3010)], 1000, 9000, 1000)
-    assert r.on_sack([(4000, 4010), (3000, 3010), (2000, 2010)], 1000, 9000, 1000) == {"enter"}
+    assert r.on_sack([(4000, 4010), (3000, 3010), (2000, 2010)], 1000, 9000, 1000) == {"news", "enter"}
     assert r.hole(1000) == (1000, 1000)
     r.resent(1000, 1000, 1000, 9000)
     assert r.hole(1000) is None  # what lies between the blocks is not lost yet
@@ -194,6 +194,28 @@ def test_a_lost_tail_is_repaired_without_a_timeout() -> None:
     sim.run(for_ns=60 * MS)
     assert bytes(b.received) == data
     assert a.counters["rto_events"] == 0
+
+
+def test_a_lost_tail_whose_repair_is_lost_too() -> None:
+    """The probe's answer says that the path works, so silence is asked after once more."""
+    sim, a, b = joined(delay_ns=MS)
+    _, a.wire.drop = lose(7, 8, 9, 11, 12)  # 10 is the probe
+    data = random.Random(1).randbytes(10 * MSS)
+    a.pour(data)
+    b.drain()
+    sim.run(for_ns=60 * MS)
+    assert bytes(b.received) == data
+    assert a.counters["rto_events"] == 0
+    assert a.counters["tail_probes"] == 2
+
+
+def test_a_peer_that_says_nothing_is_probed_once() -> None:
+    sim, a, b = joined(delay_ns=MS)
+    a.wire.drop = lambda segment: True
+    a.pour(bytes(10 * MSS))
+    sim.run(for_ns=5000 * MS)
+    assert a.counters["tail_probes"] == 1
+    assert a.counters["rto_events"] > 3
 
 
 def test_a_retransmission_that_is_lost_too() -> None:

@@ -20,6 +20,7 @@ import os
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Mapping
 from ipaddress import IPv4Address
 from types import MappingProxyType, TracebackType
@@ -123,7 +124,8 @@ class Demux:
         self._group: int | None = None
         self._sockets: list[socket.socket] = []
         self._server_interface = server_interface
-        self._flow_map: bpf.Map | None = None
+        self._remotes: Counter[tuple[int, int]] = Counter()  # by protocol and local port: flows with a remote end
+        self._maps: filters.FlowMaps | None = None
         self._slot_map: bpf.Map | None = None
         self._place_map: bpf.Map | None = None
         try:
@@ -154,12 +156,13 @@ class Demux:
         if not self.ebpf:
             return
         try:
-            self._flow_map = bpf.Hash(filters.KEY_BYTES, 4, _MAX_FLOWS)
+            flows = bpf.Hash(filters.KEY_BYTES, 4, _MAX_FLOWS)
+            self._maps = filters.FlowMaps(flows, bpf.Array(filters.PORT_BYTES, filters.PORTS))
             self._slot_map = bpf.Array(4, self._max_channels + 1)
             self._place_map = bpf.Array(filters.PROBE_BYTES, self._max_channels + 1)
             self._slot_map.update(struct.pack("=I", filters.SERVER_CHANNEL), struct.pack("=I", filters.SERVER_INDEX))
             self._selector = bpf.load_socket_filter(
-                filters.extended_selector(self.place, self._flow_map, self._slot_map)
+                filters.extended_selector(self.place, self._maps, self._slot_map)
             )
         except PermissionError:
             raise PermissionError(errno.EPERM, "eBPF needs CAP_BPF: run as root, or pass ebpf=False") from None
@@ -168,10 +171,10 @@ class Demux:
         attach_classic(sock, filters.classic_reject())
 
     def _server_filter(self, sock: socket.socket) -> None:
-        if self._flow_map is None:
+        if self._maps is None:
             attach_classic(sock, filters.classic_server_filter(self.place))
         else:
-            attach_extended(sock, filters.extended_server_filter(self.place, self._flow_map))
+            attach_extended(sock, filters.extended_server_filter(self.place, self._maps))
 
     def _join(self, sock: socket.socket) -> None:
         kind = FANOUT_EBPF if self.ebpf else FANOUT_CBPF
@@ -218,10 +221,10 @@ class Demux:
         ring = NO_RING if interface == "ipc" else ring_for(slots)
 
         def attach(sock: socket.socket) -> None:
-            if self._flow_map is None or self._place_map is None:
+            if self._maps is None or self._place_map is None:
                 attach_classic(sock, filters.classic_channel_filter(self.place))
             else:
-                program = filters.extended_channel_filter(self.place, self._flow_map, self._place_map, channel_id)
+                program = filters.extended_channel_filter(self.place, self._maps, self._place_map, channel_id)
                 attach_extended(sock, program)
 
         sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id, self._tag), join=self._join)
@@ -403,17 +406,35 @@ class Demux:
         before = self._flows.get(flow)
         self._note(flow, channel_id)
         try:
-            if self._flow_map is not None:
-                self._flow_map.update(filters.flow_key(flow), struct.pack("=I", channel_id))
-            else:
-                self._publish()
+            self._map(flow, channel_id)
+            self._publish()
         except OSError:
             self._note(flow, before)
             raise
 
+    def _map(self, flow: Flow, channel_id: int | None) -> None:
+        """Tell the extended programs, if it is them. None: it leads nowhere."""
+        if self._maps is None:
+            return
+        if flow.raddr is not None:
+            if channel_id is None:
+                self._maps.flows.delete(filters.flow_key(flow))
+            else:
+                self._maps.flows.update(filters.flow_key(flow), struct.pack("=I", channel_id))
+            if self._remotes[flow.proto, flow.lport] > 1:
+                return  # the port has such flows, and had some before
+        any_remote = self._flows.get(flow._replace(raddr=None, rport=0))
+        entry = filters.port_entry(any_remote, (flow.proto, flow.lport) in self._remotes)
+        self._maps.ports.update(filters.port_key(flow.proto, flow.lport), entry)
+
     def _note(self, flow: Flow, channel_id: int | None) -> None:
-        """Keep both records of a flow: where it leads, and which flows lead to a channel. None: nowhere."""
+        """Keep the records of a flow: where it leads, which flows lead to a channel, whose have a remote. None: nowhere."""
         before = self._flows.pop(flow, None)
+        if flow.raddr is not None and (before is None) != (channel_id is None):
+            port = flow.proto, flow.lport
+            self._remotes[port] += 1 if before is None else -1
+            if not self._remotes[port]:
+                del self._remotes[port]
         if before is not None and before != filters.SERVER_CHANNEL:
             self._members[before].flows.discard(flow)
         if channel_id is not None:
@@ -426,14 +447,13 @@ class Demux:
             if flow not in self._flows:
                 raise KeyError(flow)
             self._note(flow, None)
-            if self._flow_map is not None:
-                self._flow_map.delete(filters.flow_key(flow))
+            self._map(flow, None)
         if flows:
             self._publish()
 
     def _publish(self) -> None:
         """Replace the classic selector; nothing to do with maps."""
-        if self._flow_map is not None:
+        if self._maps is not None:
             return
         program = filters.classic_selector(
             self.place, {flow: self._index_of(channel_id) for flow, channel_id in self._flows.items()}
@@ -458,10 +478,10 @@ class Demux:
         for sock in reversed(self._sockets):
             sock.close()
         self._sockets.clear()
-        for table in (self._flow_map, self._slot_map, self._place_map):
+        for table in (*(self._maps or ()), self._slot_map, self._place_map):
             if table is not None:
                 table.close()
-        self._flow_map = self._slot_map = self._place_map = None
+        self._maps = self._slot_map = self._place_map = None
 
     def __enter__(self) -> Self:
         return self

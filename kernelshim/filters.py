@@ -4,8 +4,9 @@ Order in the kernel: PACKET_FANOUT reassembles IPv4 fragments, runs the selector
 packet), then that member's own filter (whether it gets it at all). Member 0 rejects everything, member 1 is
 the server, so that an index beyond the group, taken modulo its size, never reaches a wrong reader unseen.
 
-The extended programs look flows up in a hash map that the server edits. The classic ones, for processes
-without CAP_BPF, carry the flows in their code and are replaced whenever a flow changes.
+The extended programs look flows up in maps that the server edits: an array by local port says whose every packet to
+the port is, which is all there is to know of most ports, and a hash map has the flows with a remote end. The classic
+programs, for processes without CAP_BPF, carry the flows in their code and are replaced whenever a flow changes.
 """
 
 import socket
@@ -46,10 +47,17 @@ _NOT_WHOLE = 0x3FFF  # IPv4: more fragments, or an offset
 _SKB_PKT_TYPE, _SKB_PROTOCOL, _SKB_VLAN_PRESENT, _SKB_IFINDEX = 4, 16, 20, 40
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _SKB_LOAD_BYTES_RELATIVE, _HDR_START_NET = 1, 2, 68, 1
 
-# Key of the flow map: remote address, local address, remote port, local port (big-endian), protocol, 3 zero bytes; no
-# remote (unconnected UDP) is all zero. It is hashed once or twice a packet, so it holds no more than is needed.
-KEY_BYTES = 16
-_KEY = struct.Struct("!4s4sHHB3x")
+# Key of the flow map: remote address, remote port, local port (big-endian), protocol, 3 zero bytes. The local address
+# is always ours. It is hashed for each packet, so it holds no more than is needed.
+KEY_BYTES = 12
+_KEY = struct.Struct("!4sHHB3x")
+# Entry of the port array, u32: the channel that has what comes to the port from any remote, and what else there is to
+# know of the port. Its index: local port, UDP's after TCP's.
+PORT_BYTES = 4
+PORTS = 2 << 16
+_HAS_CHANNEL = 1 << 16
+_HAS_FLOWS = 1 << 17  # some with a remote end: the flow map knows better
+_CHANNEL = 0xFFFF
 
 
 class Flow(NamedTuple):
@@ -70,19 +78,37 @@ class Place(NamedTuple):
     address: IPv4Address
 
 
+class FlowMaps(NamedTuple):
+    """Where the extended programs look a flow up."""
+
+    flows: Map
+    ports: Map
+
+
 def flow_key(flow: Flow) -> bytes:
-    """The flow's key in the map."""
-    raddr = bytes(4) if flow.raddr is None else flow.raddr.packed
-    return _KEY.pack(raddr, flow.laddr.packed, flow.rport, flow.lport, flow.proto)
+    """The key in the flow map of a flow with a remote end."""
+    assert flow.raddr is not None
+    return _KEY.pack(flow.raddr.packed, flow.rport, flow.lport, flow.proto)
+
+
+def port_key(proto: int, lport: int) -> bytes:
+    """Where the port array has the port."""
+    return struct.pack("=I", lport | (proto == _UDP) << 16)
+
+
+def port_entry(channel_id: int | None, has_flows: bool) -> bytes:
+    """``channel_id``: who has what comes to the port from any remote. ``has_flows``: some have a remote end."""
+    owner = 0 if channel_id is None else channel_id | _HAS_CHANNEL
+    return struct.pack("=I", owner | (_HAS_FLOWS if has_flows else 0))
 
 
 # ---- extended ----
 
 # Stack, from the frame pointer down.
-_AT_KEY, _AT_RADDR, _AT_LADDR, _AT_RPORT, _AT_LPORT, _AT_PROTO = -16, -16, -12, -8, -6, -4
+_AT_KEY, _AT_RADDR, _AT_RPORT, _AT_LPORT, _AT_PROTO = -16, -16, -12, -10, -8
 _AT_IP = -48  # 20 bytes, and 4 more, which are the ports where the header has no options
 _AT_INNER = -80  # 8 bytes of ICMP, 20 of the IP header it quotes
-_AT_INDEX = -88
+_AT_INDEX = -88  # of whatever array
 
 
 def _load_bytes(p: ExtendedProgram, to: int, count: int, short: str = "unknown") -> None:
@@ -107,23 +133,20 @@ def _header_length(p: ExtendedProgram, dst: int, at: int) -> None:
     p.jump_if("lt", dst, 20, "unknown")
 
 
-def _find_flow(p: ExtendedProgram, flows: Map, only_to: Place | None = None) -> None:
-    """Fall through with r0 = address of the channel id; jump to ``unknown`` when no flow matches.
+def _find_flow(p: ExtendedProgram, maps: FlowMaps, place: Place, elsewhere: str = "unknown") -> None:
+    """Fall through with r1 = the channel id; jump to ``unknown`` when no flow matches.
 
-    ``only_to``: jump to ``drop`` unless the packet is to that address. r6 must hold the context. Uses r7, r8.
+    ``elsewhere``: where to go if the packet is not to our address. r6 must hold the context. Uses r7, r8.
     """
     p.alu("mov", 2, 0)
     _load_bytes(p, _AT_IP, 24)  # what has no 4 bytes behind its header has no ports either
     p.load(4, 1, p.fp, _AT_IP + 16)
-    p.store(4, p.fp, _AT_LADDR, 1)
-    if only_to is not None:
-        _jump_unless_address(p, 1, only_to)
+    _jump_unless_address(p, 1, place, elsewhere)
     p.load(2, 1, p.fp, _AT_IP + 6)
     p.alu("and", 1, socket.htons(_NOT_WHOLE))
     p.jump_if("ne", 1, 0, "unknown")
     p.load(4, 1, p.fp, _AT_IP + 12)
     p.store(4, p.fp, _AT_RADDR, 1)
-    p.store_imm(4, p.fp, _AT_PROTO, 0)
     p.load(1, 8, p.fp, _AT_IP + 9)
     p.jump_if("eq", 8, _ICMP, "icmp")
     p.jump_if("eq", 8, _TCP, "transport")
@@ -159,7 +182,7 @@ def _find_flow(p: ExtendedProgram, flows: Map, only_to: Place | None = None) -> 
     p.jump_if("ne", 8, _UDP, "unknown")
     p.label("quoted transport")
     p.load(4, 1, p.fp, _AT_INNER + 8 + 12)
-    p.store(4, p.fp, _AT_LADDR, 1)
+    _jump_unless_address(p, 1, place, "unknown")
     p.load(4, 1, p.fp, _AT_INNER + 8 + 16)
     p.store(4, p.fp, _AT_RADDR, 1)
     _load_bytes(p, _AT_RPORT, 4)
@@ -169,14 +192,30 @@ def _find_flow(p: ExtendedProgram, flows: Map, only_to: Place | None = None) -> 
     p.store(2, p.fp, _AT_LPORT, 1)
 
     p.label("search")
-    p.store(1, p.fp, _AT_PROTO, 8)
-    _look_up(p, flows, _AT_KEY)
-    p.jump_if("ne", 0, 0, "found")
-    p.store_imm(4, p.fp, _AT_RADDR, 0)
-    p.store_imm(2, p.fp, _AT_RPORT, 0)
-    _look_up(p, flows, _AT_KEY)
+    p.load(1, 1, p.fp, _AT_LPORT)  # big-endian
+    p.load(1, 2, p.fp, _AT_LPORT + 1)
+    p.alu("lsh", 1, 8)
+    p.alu_reg("or", 1, 2)
+    p.jump_if("ne", 8, _UDP, "port")
+    p.alu("or", 1, 1 << 16)
+    p.label("port")
+    p.store(4, p.fp, _AT_INDEX, 1)
+    _look_up(p, maps.ports, _AT_INDEX)
     p.jump_if("eq", 0, 0, "unknown")
-    p.label("found")
+    p.load(4, 7, 0, 0)
+    p.jump_if("set", 7, _HAS_FLOWS, "flow")
+    p.label("any remote")
+    p.jump_if("set", 7, _HAS_CHANNEL, "channel")
+    p.jump("unknown")
+    p.label("flow")
+    p.store_imm(4, p.fp, _AT_PROTO, 0)
+    p.store(1, p.fp, _AT_PROTO, 8)
+    _look_up(p, maps.flows, _AT_KEY)
+    p.jump_if("eq", 0, 0, "any remote")
+    p.load(4, 7, 0, 0)
+    p.label("channel")
+    p.alu("and", 7, _CHANNEL)
+    p.alu_reg("mov", 1, 7)
 
 
 def _look_up(p: ExtendedProgram, table: Map, key_at: int) -> None:
@@ -208,14 +247,14 @@ def _only_to(p: ExtendedProgram, place: Place) -> None:
     _jump_unless_address(p, 1, place)
 
 
-def _jump_unless_address(p: ExtendedProgram, register: int, place: Place) -> None:
+def _jump_unless_address(p: ExtendedProgram, register: int, place: Place, to: str = "drop") -> None:
     # The jump's constant is sign-extended to 64 bits: compare halves, which are never negative.
     value = int.from_bytes(place.address.packed, sys.byteorder)
     p.alu_reg("mov", 3, register)
     p.alu("and", 3, 0xFFFF)
-    p.jump_if("ne", 3, value & 0xFFFF, "drop")
+    p.jump_if("ne", 3, value & 0xFFFF, to)
     p.alu("rsh", register, 16)
-    p.jump_if("ne", register, value >> 16, "drop")
+    p.jump_if("ne", register, value >> 16, to)
 
 
 def _load_probe(p: ExtendedProgram, place: Place) -> None:
@@ -228,7 +267,7 @@ def _load_probe(p: ExtendedProgram, place: Place) -> None:
     _load_bytes(p, _AT_IP, PROBE_BYTES)
 
 
-def extended_selector(place: Place, flows: Map, slots: Map) -> ExtendedProgram:
+def extended_selector(place: Place, maps: FlowMaps, slots: Map) -> ExtendedProgram:
     """Fanout: the index of the channel that owns the packet's flow; else the server's."""
     p = ExtendedProgram()
     p.alu_reg("mov", 6, 1)
@@ -239,8 +278,7 @@ def extended_selector(place: Place, flows: Map, slots: Map) -> ExtendedProgram:
     p.label("device")
     p.load(4, 1, 6, _SKB_PROTOCOL)
     p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "not IPv4")
-    _find_flow(p, flows)
-    p.load(4, 1, 0, 0)
+    _find_flow(p, maps, place)
     p.store(4, p.fp, _AT_INDEX, 1)
     _look_up(p, slots, _AT_INDEX)
     p.jump_if("eq", 0, 0, "unknown")
@@ -255,15 +293,14 @@ def extended_selector(place: Place, flows: Map, slots: Map) -> ExtendedProgram:
     return p
 
 
-def extended_channel_filter(place: Place, flows: Map, places: Map, channel_id: int) -> ExtendedProgram:
+def extended_channel_filter(place: Place, maps: FlowMaps, places: Map, channel_id: int) -> ExtendedProgram:
     """Whole packets of the flows that belong to this channel; nothing else. Answers probes, and drops them."""
     p = ExtendedProgram()
     p.alu_reg("mov", 6, 1)
     _only_ours(p, place, broadcast=False)
     p.load(4, 1, 6, _SKB_PROTOCOL)
     p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "not IPv4")
-    _find_flow(p, flows, only_to=place)
-    p.load(4, 1, 0, 0)
+    _find_flow(p, maps, place, "drop")
     p.jump_if("ne", 1, channel_id, "drop")
     p.exit(_ACCEPT)
     p.label("not IPv4")
@@ -282,7 +319,7 @@ def extended_channel_filter(place: Place, flows: Map, places: Map, channel_id: i
     return p
 
 
-def extended_server_filter(place: Place, flows: Map) -> ExtendedProgram:
+def extended_server_filter(place: Place, maps: FlowMaps) -> ExtendedProgram:
     """ARP for our address, and IPv4 to it unless a channel owns the flow.
 
     A flow's packet that goes astray while channels come and go is dropped here: the server would reset it.
@@ -301,8 +338,7 @@ def extended_server_filter(place: Place, flows: Map) -> ExtendedProgram:
     p.load(4, 1, 6, _SKB_PKT_TYPE)  # RFC 1122 (3.3.6): no unicast address in a broadcast frame
     p.jump_if("ne", 1, _HOST, "drop")
     _only_to(p, place)
-    _find_flow(p, flows)
-    p.load(4, 1, 0, 0)
+    _find_flow(p, maps, place)
     p.jump_if("ne", 1, SERVER_CHANNEL, "drop")
     p.label("unknown")
     p.exit(_ACCEPT)

@@ -108,6 +108,34 @@ def test_a_connected_flow_goes_before_a_wildcard(wire: Wire, demux: Demux, serve
     assert [ports_of(f)[0] for f in drain(server, 1)] == [779]
 
 
+def test_flows_come_and_go_beside_a_wildcard(wire: Wire, demux: Demux, server: PacketLink) -> None:
+    """Whoever of a port's flows is forgotten, the others lead where they led."""
+    first, second, any_remote = Channel(demux), Channel(demux), Channel(demux)
+    with wire.peer.udp() as one, wire.peer.udp() as two:
+        ports = one.getsockname()[1], two.getsockname()[1]
+
+        def seen() -> list[list[int]]:
+            for near in (one, two):
+                near.sendto(b"x", (str(OURS), 5001))
+            links = first.link, second.link, any_remote.link, server
+            return [[ports.index(ports_of(f)[0]) for f in drain(link)] for link in links]
+
+        demux.add_flow(UDP, OURS, 5001, PEER, ports[0], first.id)
+        assert seen() == [[0], [], [], [1]]
+        demux.add_flow(UDP, OURS, 5001, None, 0, any_remote.id)
+        assert seen() == [[0], [], [1], []]
+        demux.add_flow(UDP, OURS, 5001, PEER, ports[1], second.id)
+        assert seen() == [[0], [1], [], []]
+        demux.remove_flow(UDP, OURS, 5001, PEER, ports[0])
+        assert seen() == [[], [1], [0], []]
+        demux.remove_flow(UDP, OURS, 5001, None, 0)
+        assert seen() == [[], [1], [], [0]]
+        demux.move_flow(UDP, OURS, 5001, PEER, ports[1], first.id)
+        assert seen() == [[1], [], [], [0]]
+        demux.remove_flow(UDP, OURS, 5001, PEER, ports[1])
+        assert seen() == [[], [], [], [0, 1]]
+
+
 def test_tcp_and_udp_ports_are_apart(wire: Wire, demux: Demux, server: PacketLink) -> None:
     one = Channel(demux)
     demux.add_flow(TCP, OURS, 5001, PEER, 777, one.id)
@@ -246,10 +274,11 @@ def test_the_filters_hold_by_themselves(wire: Wire) -> None:
         pytest.skip("eBPF needs CAP_BPF")
     place = filters.Place(wire.ve0, 1, OURS)
     flows, places = bpf.Hash(filters.KEY_BYTES, 4, 8), bpf.Array(filters.PROBE_BYTES, 8)
+    maps = filters.FlowMaps(flows, bpf.Array(filters.PORT_BYTES, filters.PORTS))
     for port, owner in ((5001, 1), (5002, 2), (5003, filters.SERVER_CHANNEL)):
-        flows.update(filters.flow_key(filters.Flow(UDP, OURS, port, None, 0)), struct.pack("=I", owner))
-    programs = [filters.extended_channel_filter(place, flows, places, channel) for channel in (1, 2)]
-    programs.append(filters.extended_server_filter(place, flows))
+        maps.ports.update(filters.port_key(UDP, port), filters.port_entry(owner, False))
+    programs = [filters.extended_channel_filter(place, maps, places, channel) for channel in (1, 2)]
+    programs.append(filters.extended_server_filter(place, maps))
     links = []
     for program in programs:
         sock = packet_socket(functools.partial(attach_extended, program=program))
@@ -260,7 +289,7 @@ def test_the_filters_hold_by_themselves(wire: Wire) -> None:
         for port in (5001, 5002, 5003, 5004):
             near.sendto(b"x", (str(OURS), port))
     assert [[ports_of(f)[1] for f in drain(link)] for link in links] == [[5001], [5002], [5003, 5004]]
-    for made in (*links, flows, places):
+    for made in (*links, *maps, places):
         made.close()
 
 

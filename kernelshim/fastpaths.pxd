@@ -8,5 +8,6 @@ cdef uint32_t fast_from_bytes(uint32_t usual) noexcept nogil
 cdef uint32_t fast_features(uint32_t usual) noexcept nogil
 # How long a waiting call polls before it sleeps.
 cdef int64_t fast_spin_ns(int64_t usual) noexcept nogil
+cdef bint fast_always() noexcept nogil         # also where it does not pay
 cdef bint fast_link_sums() noexcept nogil      # checksums are left to the link where it computes them
 cdef bint fast_vector() noexcept nogil

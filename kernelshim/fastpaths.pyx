@@ -7,7 +7,7 @@ has a fast path asks at import or when a stack is made, and nothing is asked on 
 ======================  ==========================  =========================  ============================
 fast path               as usual                    off                        on
 ======================  ==========================  =========================  ============================
-polling before sleep    50 us, "ipf"                never                      50 us at least
+polling before sleep    50 us, while it pays        never                      50 us at least, always
 packet interface        as asked, "ipf"             "ipc": a call a packet     "ipf": the ring, polled
 received data in slots  from 4 KiB                  copied at once             from 1 byte
 sent data held          from 4 and 16 KiB           copied                     from 1 byte
@@ -50,6 +50,10 @@ cdef int64_t fast_spin_ns(int64_t usual) noexcept nogil:
     if mode < 0:
         return 0
     return SPIN_NS if mode > 0 and usual < SPIN_NS else usual
+
+
+cdef bint fast_always() noexcept nogil:
+    return mode > 0
 
 
 cdef bint fast_link_sums() noexcept nogil:

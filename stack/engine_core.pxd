@@ -200,6 +200,8 @@ ctypedef struct engine_counters:
     uint64_t link_refused    # sends the link did not take
     uint64_t no_route
     uint64_t polls           # system calls: poll(2)
+    uint64_t spins           # waits that polled the link before they slept
+    uint64_t spins_in_vain
     uint64_t kicks           # writes to the event descriptor
     uint64_t helper_runs
     uint64_t nomem
@@ -234,6 +236,8 @@ ctypedef struct engine:
     uint32_t attention
     int64_t now_ns
     int64_t spin_ns
+    uint16_t spin_skips      # so many waits that end soon do not spin
+    uint16_t spin_backoff    # how many, the next time
     # flow table
     ul_session **table
     uint32_t table_mask

@@ -22,6 +22,7 @@ from libc.string cimport memset
 from posix.time cimport timespec
 from posix.unistd cimport close, read, write
 
+from ulnet.kernelshim.fastpaths cimport fast_always
 from ulnet.stack.engine_core cimport (
     HELPER_NAPS, HELPER_POLLS, HELPER_RUNS, HELPER_SLEEPS, ROLE_SHARED, USER_SHARED, clock_now, engine, engine_deadline,
     engine_poll, engine_spin, pthread_cond_t, pthread_mutex_t, pthread_t, session_ready, session_ref, session_unref,
@@ -94,6 +95,7 @@ cdef enum:
     BURST = 64
     CLOCK_MONOTONIC_ID = 1
     LOOK_ON = 2                  # judge: nothing yet
+    SPIN_SKIPS_MAX = 255
 
 cdef int64_t NAP_NS = 2000000
 cdef int64_t NAP_MAX_NS = 8000000    # each look takes the lock, and the processor from a caller that shares it
@@ -265,15 +267,38 @@ cdef int judge(engine *e, ul_session *s, const waiter *w, int64_t deadline_ns) n
     return LOOK_ON
 
 
+cdef bint spin_pays(const engine *e) noexcept nogil:
+    return e.spin_ns and (e.spin_skips == 0 or fast_always())
+
+
+cdef void spin_learn(engine *e, bint spun, int64_t slept_ns) noexcept nogil:
+    """After a sleep. Polling is in vain if peers take longer than that, and in their way if they need this processor."""
+    if slept_ns > e.spin_ns:
+        if spun:
+            e.spin_skips = 1               # until one answers soon
+    elif spun:
+        # The answer came once we slept: most likely it waited for the processor that we polled on.
+        e.spin_backoff = 2 * e.spin_backoff + 1 if e.spin_backoff < SPIN_SKIPS_MAX else SPIN_SKIPS_MAX
+        e.spin_skips = e.spin_backoff
+    elif e.spin_skips:
+        e.spin_skips -= 1
+
+
 cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcept nogil:
     """Poll the link on behalf of everybody until s is ready. Lock held, `driving` set."""
-    cdef int64_t spin_until = 1 if ulnet_asked() else 0
-    cdef int64_t until
+    cdef bint spun = ulnet_asked()         # in vain, and went to let signal handlers run
+    cdef bint spins = not spun and spin_pays(e)
+    cdef int64_t spin_until = 0 if spins else 1
+    cdef int64_t until, slept_at
     cdef int rc
+    e.n.spins += spins
     while True:
         # Who does not spin looks once; eight looks, with pauses, are for those who come straight back.
-        if engine_spin(e, BURST) if e.spin_ns else engine_poll(e, BURST):
-            spin_until = e.now_ns + e.spin_ns
+        if engine_spin(e, BURST) if spins else engine_poll(e, BURST):
+            if spin_until > 1:
+                e.spin_backoff = 0
+            spins = spin_pays(e)
+            spin_until = e.now_ns + e.spin_ns if spins else 1
         elif spin_until == 0:
             spin_until = e.now_ns + e.spin_ns
         rc = judge(e, s, w, deadline_ns)
@@ -289,19 +314,27 @@ cdef int drive(engine *e, ul_session *s, waiter *w, int64_t deadline_ns) noexcep
                 until = deadline_ns
             if until <= e.now_ns:
                 continue
-            if e.spin_ns and until - e.now_ns > LONG_NS and not ulnet_asked():
-                # A signal that came while we polled does not end the poll(2) that follows: handlers run first.
-                ulnet_ask(True)
-                return -EINTR
+            if spin_until > 1:
+                spun = True
+                e.n.spins_in_vain += 1
+                if until - e.now_ns > LONG_NS and not ulnet_asked():
+                    # A signal that came while we polled does not end the poll(2) that follows: handlers run first.
+                    ulnet_ask(True)
+                    return -EINTR
+            slept_at = e.now_ns
             w.asleep_in_poll = 1
             w.signalled = 0
             rc = sleep_in_poll(e, e.wake_fd, until, w.side)
             w.asleep_in_poll = 0
             if rc != 0:
                 return rc
+            if e.spin_ns:
+                spin_learn(e, spun, clock_now() - slept_at)
+                spun = False
             if w.side != NULL:
                 w.side.due_ns = clock_now() + SIDE_NS      # the poll(2) has looked
             spin_until = 1                 # woken for nothing: sleep again; for a frame: spin again
+            spins = spin_pays(e)
 
 
 cdef void promote_next(engine *e) noexcept nogil:

@@ -11,6 +11,7 @@ RING = "frames come by a ring"
 TRAIN = "datagrams leave and come as trains"
 HELD = "sent data are held where they lie"
 COPIED = "small data are copied out of their slots, together where they belong together"
+WHILE_IT_PAYS = "polling ends where it is in vain"
 OTHERS = "the other packet interfaces are used where asked for"
 # Part of a test's name, and what it asserts.
 OFF = {
@@ -41,6 +42,7 @@ ON = {
     "test_buf.py::test_relieve_": COPIED,
     "test_buf.py::test_a_lent_slot_that_cannot_be_evacuated_stays_held": COPIED,
     "test_packet_interfaces.py::test_each_carries_data_and_sleeps_while_nothing_comes": OTHERS,
+    "test_packet_interfaces.py::test_polling_ends_where": WHILE_IT_PAYS,
     "test_relay.py::test_a_prefix_comes_first_and_keeps_the_window": COPIED,
     "test_tcp_input.py::test_neighbouring_crumbs_become_few_blocks": COPIED,
     "test_udp.py::test_large_datagrams_keep_their_slot_and_give_it_back": COPIED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     bed.close()
 
 
-def counted_trips(bed: Bed, proxy: Proxy) -> dict[str, int]:
+def counted_trips(bed: Bed, proxy: Proxy, *, trips: int = TRIPS, answer_s: float = 0.002) -> dict[str, int]:
     """What the engine counts during round trips with a kernel socket that answers late enough to be waited for."""
     with bed.b.socket() as listener:
         listener.bind((PEER, 0))
@@ -34,14 +35,15 @@ def counted_trips(bed: Bed, proxy: Proxy) -> dict[str, int]:
             peer, _ = listener.accept()
             with peer:
                 while data := peer.recv(64):
-                    threading.Event().wait(0.002)
+                    if answer_s:
+                        threading.Event().wait(answer_s)
                     peer.sendall(data)
 
         thread = threading.Thread(target=answer)
         thread.start()
         with socket.create_connection(listener.getsockname(), 10, host=proxy) as sock:
             before = proxy.engine.counters()
-            for trip in range(TRIPS):
+            for trip in range(trips):
                 sock.sendall(b"%04d" % trip)
                 assert sock.recv(64) == b"%04d" % trip
             after = proxy.engine.counters()
@@ -69,6 +71,24 @@ def test_only_the_polled_ring_spins(bed: Bed) -> None:
     assert counted_trips(bed, patient)["polls"] < TRIPS
     asked = bed.proxy(interface="shm", spin_ns=1_000_000_000)
     assert counted_trips(bed, asked)["polls"] < TRIPS
+
+
+def test_polling_ends_where_answers_are_late(bed: Bed) -> None:
+    counted = counted_trips(bed, bed.proxy(interface="ipf"))
+    assert counted["spins_in_vain"] <= TRIPS // 4
+    assert counted["polls"] >= TRIPS
+
+
+def test_polling_ends_where_the_peer_needs_the_processor(bed: Bed) -> None:
+    """An answer that comes as soon as we sleep: spinning only keeps the peer from giving it."""
+    proxy = bed.proxy(interface="ipf")
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, [min(allowed)])  # this thread, and the one that answers
+        counted = counted_trips(bed, proxy, trips=1000, answer_s=0)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert counted["spins_in_vain"] < 100
 
 
 def test_an_unknown_one_is_refused(bed: Bed) -> None:

@@ -96,6 +96,7 @@ class Endpoint:
         wscale: int = 255,
         ts: tuple[int, int] | None = None,
         no_ts: bool = False,
+        sack: tuple[tuple[int, int], ...] = (),
     ) -> list[Segment]:
         """Let a hand-made segment arrive; returns the Segments sent in answer."""
     def migrate(self, clock_offset_ns: int | None = None) -> int: ...

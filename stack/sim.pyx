@@ -179,13 +179,14 @@ cdef class Endpoint(EndpointCore):
 
     def inject(self, flags: str = "A", *, seq: int | None = None, ack: int | None = None, payload: bytes = b"",
                wnd: int | None = None, mss: int = 0, wscale: int = 255, ts: tuple[int, int] | None = None,
-               no_ts: bool = False) -> list:
+               no_ts: bool = False, sack: tuple = ()) -> list:
         """Let a hand-made segment arrive; returns the Segments sent in answer.
 
         Defaults: the expected ``seq``, an ``ack`` of everything sent, the present window, fitting timestamps.
-        ``wnd`` is the field as on the wire.
+        ``wnd`` is the field as on the wire; ``sack`` has up to four pairs of sequence numbers.
         """
         cdef Packet p = Packet()
+        cdef int i
         self.live()
         memset(&p.seg, 0, sizeof(tcp_seg))
         bits = dict(_LETTERS)
@@ -200,6 +201,10 @@ cdef class Endpoint(EndpointCore):
         p.seg.wscale = wscale
         p.seg.len_bytes = len(payload)
         p.payload = payload
+        p.seg.sack_count = len(sack)
+        for i in range(p.seg.sack_count):
+            p.seg.sack[2 * i] = sack[i][0] & 0xFFFFFFFF
+            p.seg.sack[2 * i + 1] = sack[i][1] & 0xFFFFFFFF
         if ts is not None:
             p.seg.has_ts = 1
             p.seg.ts_val = ts[0] & 0xFFFFFFFF

@@ -228,13 +228,15 @@ cdef class EndpointCore:
         cdef tcp_seg *s = &p.seg
         cdef uint32_t iss = self.pcb.iss if self.pcb != NULL else 0
         cdef uint32_t irs = self.pcb.irs if self.pcb != NULL else 0
-        cdef int shift = 0
+        cdef int shift = 0, i
         if self.pcb != NULL and not s.flags & TCP_SYN:
             shift = self.pcb.rcv_wscale
         return Segment(self.sim.now_ns, self.name, "".join([c for c, bit in LETTERS if s.flags & <int>bit]),
                        <uint32_t>(s.seq - iss), <uint32_t>(s.ack - irs) if s.flags & TCP_ACK else 0, s.len_bytes,
                        s.wnd << shift, "sent", s.mss, s.wscale,
-                       s.ts_val if s.has_ts else None, s.ts_ecr if s.has_ts else None, s.seq, s.ack)
+                       s.ts_val if s.has_ts else None, s.ts_ecr if s.has_ts else None, s.seq, s.ack,
+                       tuple([(<uint32_t>(s.sack[2 * i] - irs), <uint32_t>(s.sack[2 * i + 1] - irs))
+                              for i in range(s.sack_count)]))
 
     cdef void slot_free(self, uint32_t slot):
         if self.slots is None:

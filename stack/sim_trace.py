@@ -23,6 +23,7 @@ class Segment(NamedTuple):
     ts_ecr: int | None
     raw_seq: int
     raw_ack: int
+    sack: tuple[tuple[int, int], ...]  # counted as ``ack`` is
 
     def __str__(self) -> str:
         numbers = f"seq {self.seq} ack {self.ack} len {self.length} wnd {self.wnd}"

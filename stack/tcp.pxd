@@ -59,6 +59,7 @@ ctypedef struct tcp_counters:        # of one stack; never reset
     uint64_t fast_retransmits
     uint64_t tail_probes             # RFC 8985 7
     uint64_t dup_acks_in
+    uint64_t dsacks_in               # RFC 2883: of those that acknowledge nothing else
     uint64_t out_of_order_in
     uint64_t duplicate_in
     uint64_t out_of_window_in

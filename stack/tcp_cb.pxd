@@ -98,6 +98,8 @@ ctypedef struct tcp_pcb:
     uint32_t rcv_fin                 # when TF_FIN_SEEN
     uint32_t last_ack_sent           # RFC 7323 4.3
     uint32_t ooo_newest              # sequence number of the newest piece in ooo (RFC 2018 4)
+    uint32_t dup_left                # what came once more since our last ACK (RFC 2883); nothing if both are the same
+    uint32_t dup_right
     uint32_t unacked_in_bytes        # received since our last ACK
     uint32_t ts_recent
     uint32_t ts_offset

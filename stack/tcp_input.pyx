@@ -249,8 +249,11 @@ cdef bint on_ack(tcp_env *env, tcp_pcb *pcb, const tcp_seg *seg, uint32_t seq, u
     if news:
         fin_acked = on_new_ack(env, pcb, ack)
     elif ack == pcb.snd_una and pcb.snd_max != pcb.snd_una and not pcb.flags & TF_PROBED:
-        # RFC 5681 2: what makes a duplicate ACK. One that opens the window, or comes with data, is none.
-        if n == 0 and wnd == pcb.snd_wnd and wnd and not seg.flags & TCP_FIN:
+        # RFC 5681 2: what makes a duplicate ACK. One that opens the window, or comes with data, is none; nor is one
+        # that answers what we sent twice (RFC 2883), a tail probe maybe.
+        if seg.sack_count and seq_le(seg.sack[1], ack):
+            env.counters.dsacks_in += 1
+        elif n == 0 and wnd == pcb.snd_wnd and wnd and not seg.flags & TCP_FIN:
             on_dup_ack(env, pcb)
     if seg.sack_count and pcb.rec.ops.on_sack != NULL and pcb.snd_max != pcb.snd_una:
         on_sack(env, pcb, seg)
@@ -403,6 +406,8 @@ cdef void in_other_states(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg) noexcept nog
         old = pcb.rcv_nxt - seq
         if old >= n + fin:
             env.counters.duplicate_in += 1
+            pcb.dup_left = seq
+            pcb.dup_right = seq + n
             answer_unacceptable(env, pcb, seg)
             if fin and pcb.state == TCP_TIME_WAIT:
                 pcb.timers[TT_2MSL] = env.now_ns + TCP_TIME_WAIT_NS
@@ -413,6 +418,8 @@ cdef void in_other_states(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg) noexcept nog
             n = 0
             fin = False
         else:
+            pcb.dup_left = seq
+            pcb.dup_right = pcb.rcv_nxt
             data += old
             n -= old
         seq = pcb.rcv_nxt

@@ -46,15 +46,21 @@ cdef inline void put_timestamps(tcp_env *env, const tcp_pcb *pcb, tcp_out *out, 
 
 
 cdef void put_sack(const tcp_pcb *pcb, tcp_out *out) noexcept nogil:
-    """The block that came last first (RFC 2018 4), then those before the end. On bare ACKs only."""
+    """What came twice first (RFC 2883), then the block that came last (RFC 2018 4) and those before the end. On bare
+    ACKs only."""
     cdef uint32_t most = (40 - 4 - out.opt_len_bytes) // 8, count = 0, total = 0, i
     cdef uint32_t[8] edges
     cdef uint32_t[8] last                # a ring of the newest runs
     cdef const rxseg *s = pcb.ooo.head
     cdef uint32_t left, right
     cdef uint8_t *o = out.opts + out.opt_len_bytes
+    cdef bint newest = False
     if most > 4:
         most = 4
+    if pcb.dup_left != pcb.dup_right:
+        edges[0] = pcb.dup_left
+        edges[1] = pcb.dup_right
+        count = 1
     while s != NULL:
         left = s.seq
         right = s.seq + s.len_bytes
@@ -62,10 +68,11 @@ cdef void put_sack(const tcp_pcb *pcb, tcp_out *out) noexcept nogil:
         while s != NULL and s.seq == right:
             right += s.len_bytes
             s = s.next
-        if count == 0 and seq_ge(pcb.ooo_newest, left) and seq_lt(pcb.ooo_newest, right):
-            edges[0] = left
-            edges[1] = right
-            count = 1
+        if not newest and seq_ge(pcb.ooo_newest, left) and seq_lt(pcb.ooo_newest, right):
+            newest = True
+            edges[2 * count] = left
+            edges[2 * count + 1] = right
+            count += 1
         else:
             last[2 * (total & 3)] = left
             last[2 * (total & 3) + 1] = right
@@ -140,6 +147,7 @@ cdef int emit(tcp_env *env, tcp_pcb *pcb, tcp_out *out, bint same_window) noexce
     env.counters.segs_out += pieces
     if out.flags & TCP_ACK and not out.flags & TCP_RST:
         pcb.last_ack_sent = pcb.rcv_nxt
+        pcb.dup_left = pcb.dup_right
         pcb.unacked_in_bytes = 0
         pcb.timers[TT_DELACK] = INT64_MAX
         pcb.flags &= ~<uint32_t>TF_ACK_NOW
@@ -158,7 +166,7 @@ cdef inline void bare(tcp_env *env, tcp_pcb *pcb, tcp_out *out, uint32_t seq, ui
     out.iov_count = 0
     if pcb.flags & TF_TS and not flags & TCP_SYN and pcb.state != TCP_SYN_SENT:
         put_timestamps(env, pcb, out, (flags & TCP_ACK) != 0)
-    if pcb.ooo.head != NULL and pcb.flags & TF_SACK and flags == TCP_ACK:
+    if pcb.flags & TF_SACK and flags == TCP_ACK and (pcb.ooo.head != NULL or pcb.dup_left != pcb.dup_right):
         put_sack(pcb, out)
 
 

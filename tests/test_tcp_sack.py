@@ -240,6 +240,35 @@ def test_a_retransmission_that_is_lost_too() -> None:
     assert a.counters["rto_events"] == 0
 
 
+def test_what_came_twice_is_said_once() -> None:
+    """RFC 2883: the first block, before what lies beyond a gap."""
+    sim, a, b = joined(delay_ns=MS)
+    a.pour(bytes(3 * MSS))
+    b.drain()
+    sim.run(for_ns=50 * MS)
+    nxt = b.numbers["rcv_nxt"]
+    end = 1 + 3 * MSS
+    again = b.inject("A", seq=nxt - 2 * MSS, payload=bytes(MSS))
+    assert [(s.ack, s.sack) for s in again] == [(end, ((end - 2 * MSS, end - MSS),))]
+    assert b.inject("A", seq=nxt + MSS, payload=b"z")[-1].sack == ((end + MSS, end + MSS + 1),)
+    both = b.inject("A", seq=nxt - MSS, payload=bytes(MSS))[-1]
+    assert both.sack == ((end - MSS, end), (end + MSS, end + MSS + 1))
+    partly = b.inject("A", seq=nxt - 1, payload=bytes(MSS + 1))[-1]
+    assert (partly.ack, partly.sack) == (end + MSS + 1, ((end - 1, end),))
+
+
+def test_answers_to_what_was_sent_twice_mean_no_loss() -> None:
+    sim, a, b = joined(delay_ns=MS)
+    a.pour(bytes(10 * MSS))  # in flight
+    una = a.numbers["snd_una"]
+    for _ in range(4):
+        a.inject("A", ack=una, sack=((una - MSS, una),))
+    assert (a.counters["dsacks_in"], a.counters["dup_acks_in"], a.counters["fast_retransmits"]) == (4, 0, 0)
+    for _ in range(3):
+        a.inject("A", ack=una)
+    assert a.counters["fast_retransmits"] == 1
+
+
 @pytest.mark.parametrize("options", [{"sack": True}, {"sack": False}])
 def test_only_if_both_ends_do(options: dict[str, int]) -> None:
     sim = Sim(seed=1)

@@ -31,6 +31,7 @@ GROWTH_KIB = 8 << 10  # of the application: allocator slack; a leak of one byte 
 
 # The kernel's tail loss probes (RFC 8985 7), when our process got no processor for some milliseconds.
 PROBES = 16
+SUPER = 45  # segments of a super-segment of 64 KiB: the kernel counts those, we count frames
 pytestmark = pytest.mark.timeout(900 if SOAK else 120)
 
 
@@ -147,6 +148,7 @@ def test_both_ways_at_once(hosts: Hosts) -> None:
         f"\nboth ways: {size >> 20} MiB each; {counters['tcp_out_of_order_in']} segments out of order,"
         f" {counters['link_rx_drops']} frames found no slot; sent again: {mine} here, {kernel} there"
     )
-    assert kernel <= counters["link_rx_drops"] + counters["tcp_out_of_order_in"] + PROBES
+    # Of a frame that came too early the kernel takes the one before it for lost, and what it sent next to it.
+    assert kernel <= SUPER * (counters["link_rx_drops"] + 2 * counters["tcp_out_of_order_in"]) + PROBES
     assert counters["link_tx_errors"] == 0 and counters["buf_nomem"] == 0
     peer.close()

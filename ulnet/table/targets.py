@@ -359,18 +359,21 @@ def _crowd(context: Context) -> Crowd:
     hold = {"op": "hold", "count": first}
     with _dropped(bed):
         bed.once(hold, IPF.api)  # pools and tables have grown a little by then
-        before_trip = [trip() for _ in range(TURNS_MIN)]
+        few = [trip() for _ in range(TURNS_MIN)]
         before = memory()
         count = 0
         while count < budget.crowd and (count == 0 or time.monotonic() < end):
             bed.once(hold, IPF.api)
             count += first
         after = memory()
-        many = [trip() for _ in range(TURNS_MIN)]
+        many = [trip() for _ in range(2 * TURNS_MIN)]
+    with _dropped(bed):  # again: the machine may have changed its pace meanwhile
+        bed.once(hold, IPF.api)
+        few += [trip() for _ in range(TURNS_MIN)]
     each = {name: (after[name] - before[name]) / count for name in before}
     parts = ", ".join(f"{name} {value / 1024:.2f}" for name, value in each.items())
     # A session has one end here and one there, each with a library and a server.
-    us = statistics.median(many), statistics.median(before_trip)
+    us = statistics.median(many), statistics.median(few)
     context.crowd = Crowd(count, sum(each.values()) / 2, parts, us[0] / us[1], us)
     return context.crowd
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import ulnet.stack.socket as user
 from ulnet.stack import proxy
 from ulnet.table import features
+from ulnet.table.chooser import Chooser
 
 TIMEOUT_S = 20.0
 GREET_S = 1.0
@@ -41,7 +42,8 @@ class Api(NamedTuple):
 class Ends:
     """What this process opens sockets with: the kernel, and one attachment to the server for each kind of Api."""
 
-    def __init__(self, server: str, local: dict[str, str]) -> None:
+    def __init__(self, server: str, local: dict[str, str], chooser: Chooser) -> None:
+        self.chooser = chooser  # for kernel sockets
         self._server = server
         self._local = local
         self._hosts: dict[Api, proxy.Proxy] = {}

@@ -60,7 +60,8 @@ def notes(bed: Bed) -> list[str]:
     return [
         where,
         "Both ends are the same program without privilege; packet filters and the outgoing guard are on. "
-        f"Buffer interface: {features.buffer_interface()}.",
+        f"Buffer interface: {features.buffer_interface()}. Congestion control of the kernel's bulk TCP: "
+        f"{bed.workers[0].tell(op='congestion')['congestion']}.",
     ]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from ulnet.demo import unprivileged
 from ulnet.stack import stamps
 from ulnet.table import crowds, features
+from ulnet.table.chooser import Chooser
 from ulnet.table.ends import TIMEOUT_S, Command, Ends, Figures, accept, listen, pair, patient, say
 
 LOST_S = 0.2  # a datagram train that has paused for so long has lost the rest
@@ -253,12 +254,11 @@ def _bulk_out(sock: Any, total: int, lend: bool) -> None:
             sent += _until(lambda view=view: sock.send(view))  # type: ignore[misc]
 
 
-def _bulk(sock: Any, command: Command) -> Figures:
+def _bulk(ends: Ends, sock: Any, command: Command) -> Figures:
     """``bytes`` from a to b, and b's answer when it has them all."""
-    total, lend = command["bytes"], command.get("lend", False) and command["api"] != "kernel"
     if command["api"] == "kernel":
-        with contextlib.suppress(OSError):  # where it is not built in, the system's default
-            sock.setsockopt(kernel.IPPROTO_TCP, kernel.TCP_CONGESTION, b"cubic")
+        ends.chooser.choose(sock)
+    total, lend = command["bytes"], command.get("lend", False) and command["api"] != "kernel"
     _tune(sock, command["api"], False, command.get("spin", False))
     if command["side"] == "b":
         left = _bulk_in(sock, total, lend)
@@ -382,6 +382,9 @@ def _run(ends: Ends, command: Command) -> Figures:
     if op == "stamps":
         stamps.open(command["path"])
         return {}
+    if op == "congestion":
+        with kernel.socket() as sock:
+            return {"congestion": ends.chooser.choose(sock)}
     if op == "counters":
         return {"counters": ends.counters(command["api"])}
     whole: dict[str, Callable[[Ends, Command], Figures]] = {
@@ -401,7 +404,7 @@ def _run(ends: Ends, command: Command) -> Figures:
             return _stamped(sock, command)
         if op == "train":
             return _trains(sock, command)
-        return _bulk(sock, command)
+        return _bulk(ends, sock, command)
 
 
 def main() -> None:
@@ -409,8 +412,9 @@ def main() -> None:
     _place(setup["cpus"])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    chooser = Chooser()
     who = unprivileged.drop()
-    ends = Ends(setup["server"], setup["local"])
+    ends = Ends(setup["server"], setup["local"], chooser)
     ends.host("ulnet")  # a server that is not there shows here
     say({"who": who})
     for line in sys.stdin:

@@ -161,9 +161,7 @@ class Demux:
             self._slot_map = bpf.Array(4, self._max_channels + 1)
             self._place_map = bpf.Array(filters.PROBE_BYTES, self._max_channels + 1)
             self._slot_map.update(struct.pack("=I", filters.SERVER_CHANNEL), struct.pack("=I", filters.SERVER_INDEX))
-            self._selector = bpf.load_socket_filter(
-                filters.extended_selector(self.place, self._maps, self._slot_map)
-            )
+            self._selector = bpf.load_socket_filter(filters.extended_selector(self.place, self._maps, self._slot_map))
         except PermissionError:
             raise PermissionError(errno.EPERM, "eBPF needs CAP_BPF: run as root, or pass ebpf=False") from None
 
@@ -428,7 +426,7 @@ class Demux:
         self._maps.ports.update(filters.port_key(flow.proto, flow.lport), entry)
 
     def _note(self, flow: Flow, channel_id: int | None) -> None:
-        """Keep the records of a flow: where it leads, which flows lead to a channel, whose have a remote. None: nowhere."""
+        """Keep the records of flows: where each leads (None: nowhere), which lead to a channel, which have a remote."""
         before = self._flows.pop(flow, None)
         if flow.raddr is not None and (before is None) != (channel_id is None):
             port = flow.proto, flow.lport

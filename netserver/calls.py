@@ -39,6 +39,11 @@ class Channels(Protocol):
     def attached(self, app: Application) -> tuple[p.Attached, list[int]]: ...
 
 
+# What may come after its sender has left: frames that its engine forwards for sessions given back on leaving, and what
+# other threads had to say of theirs just before (each thread's messages keep their order, but to those of the others).
+LATE = frozenset((p.Call.STRAY, p.Call.FORGET, p.Call.RELEASE, p.Call.ACCEPTED))
+
+
 class Calls:
     """Handlers of the service port, and the applications behind it."""
 
@@ -105,8 +110,7 @@ class Calls:
             else:
                 app = self.applications.get(sender.task)
                 if app is None:
-                    # Its engine may still forward what comes for sessions it gave back on leaving.
-                    raise Refusal(errno.ENOTCONN, "attach first", violation=message.id != p.Call.STRAY)
+                    raise Refusal(errno.ENOTCONN, "attach first", violation=message.id not in LATE)
                 self._handlers[message.id](app, record, message)
         except p.ProtocolError as error:
             self._refuse(message, sender, session, errno.EPROTO, str(error), violation=True)

@@ -63,6 +63,12 @@ class Proxy(Sharing):
     ) -> tuple[str, int]:
         """See Host. A UDP session is the application's own from here on."""
         self._take_along(session)
+        with session.shared_lock:  # who forks meanwhile waits for what it becomes
+            return self._bind(session, address, port, reuse_address, reuse_port)
+
+    def _bind(
+        self, session: Session, address: str, port: int, reuse_address: bool, reuse_port: bool
+    ) -> tuple[str, int]:
         if session.session_id:
             raise OSError(errno.EINVAL, "the socket is bound already, to {}:{}".format(*session.local))
         number = self._name(session)
@@ -99,7 +105,8 @@ class Proxy(Sharing):
             self._connect_shared(session, address, port, timeout_ns)
             return
         if session.kind == UDP:
-            self._connect_udp(session, address, port)
+            with session.shared_lock:
+                self._connect_udp(session, address, port)
             return
         if session.live:
             raise OSError(errno.EISCONN, os.strerror(errno.EISCONN))
@@ -121,6 +128,17 @@ class Proxy(Sharing):
                     self._connecting.pop(number, None)
                 raise
             raise BlockingIOError(errno.EINPROGRESS, os.strerror(errno.EINPROGRESS))
+        with self._lock:
+            self._connecting[number] = session  # it stays this process's alone until then
+        try:
+            self._connect_by_server(session, request, named, timeout_ns)
+        finally:
+            with self._lock:
+                self._connecting.pop(number, None)
+        self._place(session)
+
+    def _connect_by_server(self, session: Session, request: p.Connect, named: bool, timeout_ns: int) -> None:
+        number = session.session_id
         try:
             message = self._rpc(p.Call.CONNECT, request, timeout=None if timeout_ns < 0 else timeout_ns / 1e9)
             self._answer(message, p.Connected)
@@ -139,7 +157,6 @@ class Proxy(Sharing):
             self._forget(number, reset=True)
             self._unname(session)
             raise
-        self._place(session)
 
     def _connect_shared(self, session: Session, address: str, port: int, timeout_ns: int) -> None:
         """A bound socket that several processes hold: the server connects it, and goes on relaying."""
@@ -175,6 +192,10 @@ class Proxy(Sharing):
             self._answer(self._rpc(p.Call.LISTEN, p.Listen(number, backlog)), p.Status)
             session.set_shared(listening=True)
             return
+        with session.shared_lock:
+            self._listen(session, number, backlog)
+
+    def _listen(self, session: Session, number: int, backlog: int) -> None:
         again = number in self._listeners
         if again:
             self.engine.set_backlog(session, backlog)
@@ -220,6 +241,10 @@ class Proxy(Sharing):
     def close(self, session: Session, *, abort: bool = False) -> None:
         """See Host. What the server has set up goes back there with its unsent data, and the FIN exchange runs there;
         what was set up here ends here, unless it has data that cannot be sent now."""
+        with session.shared_lock:
+            self._close(session, abort)
+
+    def _close(self, session: Session, abort: bool) -> None:
         number = session.session_id
         if session.shared and os.getpid() == self._pid and not self._closed:
             self._close_shared(session, abort=abort)

@@ -356,7 +356,12 @@ class Sharing(Leasing):
             if not session.shared:
                 if session.kind == TCP and session.live and not session.listening and session.state in _UNSHARED:
                     continue
-                self.share(session)
+                try:
+                    self.share(session)
+                except OSError:
+                    if session.closed:
+                        continue  # by another thread, at this moment: it is nobody's any more
+                    raise
             shared = True
         if shared:
             self._check()

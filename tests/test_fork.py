@@ -574,3 +574,40 @@ report(got=read_exactly(sock, 5).decode())
         assert told(app) == {"got": "hello"}
         assert bed.server_fds() <= files + 1
     ended(app)
+
+
+def test_what_another_thread_closes_meanwhile_is_nobodys(bed: Bed, listener: ksocket.socket) -> None:
+    """It must not keep the other connections from the child."""
+    code = """
+import logging
+said = []
+class Said(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+logging.getLogger("ulnet").addHandler(Said())
+stop = threading.Event()
+def churn():
+    while not stop.is_set():
+        socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(8)]
+        for each in socks:
+            each.bind(("", 0))
+        socks.append(socket.create_server(("", 0)))
+        for each in socks:
+            each.close()
+threads = [threading.Thread(target=churn) for _ in range(2)]
+for thread in threads:
+    thread.start()
+def write():
+    sock.sendall(b"x")
+for _ in range(60):
+    wait_child(child(write))
+stop.set()
+for thread in threads:
+    thread.join()
+report(said=said)
+"""
+    app, peer = program(bed, listener, code)
+    with peer:
+        assert exactly(peer, 60) == b"x" * 60
+        assert told(app, 60) == {"said": []}
+    ended(app)

@@ -18,7 +18,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef extern from *:
     """
-    static inline unsigned long long ulstamp_next(unsigned long long *p) { return __atomic_fetch_add(p, 1, __ATOMIC_RELAXED); }
+    static inline uint64_t ulstamp_next(uint64_t *p) { return __atomic_fetch_add(p, 1, __ATOMIC_RELAXED); }
     static inline unsigned ulstamp_on(const unsigned *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     """
     uint64_t ulstamp_next(uint64_t *p) nogil

@@ -474,7 +474,7 @@ cdef void output_data(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
         if seq_gt(pcb.snd_nxt, pcb.snd_max):
             pcb.bytes_out += pcb.snd_nxt - pcb.snd_max - (1 if seq_gt(pcb.snd_nxt, end) else 0)
             pcb.snd_max = pcb.snd_nxt
-        # With the second segment a probe becomes possible (tcp_timer.pxd).
+        # With the second segment the answer is due sooner (tcp_timer.pxd).
         if tcp_timer_is_off(pcb, TT_REXMT) or pcb.flags & TF_PERSIST or flight <= mss < flight + sent:
             tcp_arm_rexmt(pcb, env.now_ns)
     if cwnd_limited:

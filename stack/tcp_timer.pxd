@@ -19,6 +19,7 @@ cdef extern from *:                      # C literals: an enum would make int of
     #define TCP_GIVE_UP_NS 900000000000LL
     #define TCP_RETRY_NS 100000LL
     #define TCP_PTO_MIN_NS 4000000LL
+    #define TCP_PTO_ALONE_NS 60000000LL
     """
     const int64_t TCP_DELACK_NS              # RFC 9293 3.8.6.3 allows 500 ms; 40 as Linux
     const int64_t TCP_PERSIST_MIN_NS
@@ -30,6 +31,8 @@ cdef extern from *:                      # C literals: an enum would make int of
     const int64_t TCP_RETRY_NS               # the link was full: doubled up to 6 times
     const int64_t TCP_PTO_MIN_NS             # differs: RFC 8985 has none; a peer that does not run answers late, and a probe
                                              # would be in vain. Between Linux's 2 and 8 ms.
+    const int64_t TCP_PTO_ALONE_NS           # of a single segment, whose ACK may be delayed. differs: RFC 8985 allows for 200 ms,
+                                             # nobody's delay but Windows'; Linux and BSD wait 40. In vain it costs a segment.
 
 cdef enum:
     TCP_SYN_TRIES = 6                    # differs: 127 s as Linux; RFC 9293 3.8.3 asks for 3 minutes
@@ -48,18 +51,19 @@ cdef inline void clip_to_user_timeout(tcp_pcb *pcb) noexcept nogil:
             pcb.timers[TT_REXMT] = last
 
 cdef inline void tcp_arm_rexmt(tcp_pcb *pcb, int64_t now_ns) noexcept nogil:
-    cdef int64_t pto
+    cdef int64_t pto, least
     if pcb.flags & TF_PERSIST:
         pcb.flags &= ~<unsigned int>TF_PERSIST
         pcb.rtt.backoff = 0          # it counted probes
     pcb.flags &= ~<unsigned int>TF_PTO
     pcb.timers[TT_REXMT] = now_ns + tcp_rto(&pcb.rtt)
-    # RFC 8985 7.2. Not for a single segment: its receiver may delay the ACK.
+    # RFC 8985 7.2
     if pcb.flags & TF_SACK and not pcb.flags & TF_TLP and pcb.rtt.backoff == 0 and pcb.rtt.srtt_ns and \
-            pcb.snd_max - pcb.snd_una > pcb.eff_mss and pcb.rec.state != REC_LOSS:
+            pcb.rec.state != REC_LOSS:
         pto = 2 * pcb.rtt.srtt_ns + 4 * pcb.rtt.rttvar_ns
-        if pto < TCP_PTO_MIN_NS:
-            pto = TCP_PTO_MIN_NS
+        least = TCP_PTO_MIN_NS if pcb.snd_max - pcb.snd_una > pcb.eff_mss else TCP_PTO_ALONE_NS
+        if pto < least:
+            pto = least
         if pto < tcp_rto(&pcb.rtt):
             pcb.flags |= TF_PTO
             pcb.timers[TT_REXMT] = now_ns + pto

@@ -209,6 +209,20 @@ def test_a_lost_tail_whose_repair_is_lost_too() -> None:
     assert a.counters["tail_probes"] == 2
 
 
+def test_a_lost_single_segment_is_asked_after_before_the_timeout() -> None:
+    """But not before a receiver that delays its ACK has answered."""
+    sim, a, b = joined(delay_ns=MS)
+    b.drain()
+    a.pour(b"kept")
+    sim.run(for_ns=150 * MS)
+    assert a.counters["tail_probes"] == 0
+    _, a.wire.drop = lose(0)
+    a.pour(b"lost")
+    sim.run(for_ns=70 * MS)
+    assert bytes(b.received) == b"keptlost"
+    assert (a.counters["tail_probes"], a.counters["rto_events"]) == (1, 0)
+
+
 def test_a_peer_that_says_nothing_is_probed_once() -> None:
     sim, a, b = joined(delay_ns=MS)
     a.wire.drop = lambda segment: True

@@ -236,6 +236,7 @@ ctypedef struct engine:
     uint32_t attention
     int64_t now_ns
     int64_t spin_ns
+    uint8_t rounds_full      # rounds in a row that left frames behind
     uint16_t spin_skips      # so many waits that end soon do not spin
     uint16_t spin_backoff    # how many, the next time
     # flow table

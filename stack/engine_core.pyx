@@ -40,6 +40,7 @@ cdef enum:
     MAX_GSO_PAYLOAD = 65160        # 45 * 1448: a multiple of the usual MSS; TCP rounds to its own
     BURST_BYTES = 4 * 65160        # without offload its ACKs fill most of a ring
     LOOKS = 8
+    ROUNDS_FULL_MAX = 4
     DRAIN_FRAMES = 256             # more than a ring holds
     ENDS_MANY = 256
     NUMBER_MAX = 0x7FFFFFFF        # protocol.SERVER_NUMBER - 1
@@ -719,7 +720,7 @@ cdef int64_t engine_deadline(engine *e) noexcept nogil:
 
 cdef int engine_poll(engine *e, int budget) noexcept nogil:
     """Process up to budget waiting frames and every due timer, then settle. Returns the frames processed."""
-    return engine_finish(e, engine_drain(e, budget))
+    return engine_finish(e, engine_drain(e, budget), budget)
 
 
 cdef int engine_spin(engine *e, int budget) noexcept nogil:
@@ -731,7 +732,7 @@ cdef int engine_spin(engine *e, int budget) noexcept nogil:
         if done:
             break
         ulnet_pause()
-    return engine_finish(e, done)
+    return engine_finish(e, done, budget)
 
 
 cdef void engine_glance(engine *e) noexcept nogil:
@@ -744,10 +745,15 @@ cdef void engine_glance(engine *e) noexcept nogil:
         engine_settle(e)
 
 
-cdef int engine_finish(engine *e, int done) noexcept nogil:
+cdef int engine_finish(engine *e, int done, int budget) noexcept nogil:
     if done == 0:
         engine_tick(e)
-    engine_timers(e)
+    # Who was away for long finds timers due and, behind the frames of this round, what they wait for: the frames first.
+    if done < budget or e.rounds_full == ROUNDS_FULL_MAX:
+        e.rounds_full = 0
+        engine_timers(e)
+    else:
+        e.rounds_full += 1
     if e.touched != NULL or done:
         engine_settle(e)
     return done

@@ -98,7 +98,7 @@ cdef enum:
     SPIN_SKIPS_MAX = 255
 
 cdef int64_t NAP_NS = 2000000
-cdef int64_t NAP_MAX_NS = 8000000    # each look takes the lock, and the processor from a caller that shares it
+cdef int64_t NAP_MAX_NS = 4000000    # a ring must take what comes meanwhile; each look takes the lock from a caller, too
 cdef int64_t SIDE_NS = 100000    # a busy engine lets kernel descriptors wait no longer than this for a look
 cdef int64_t LONG_NS = 10000000  # a shorter sleep ends soon enough for a signal that came before it
 

@@ -258,7 +258,7 @@ class TestAccept:
         engine = bed.counters()["engine"]
         # A server that is busy with all of them for 60 ms may ask after a FIN whose acknowledgement lies in its ring.
         retransmits = engine["tcp_retransmits"] - engine["tcp_tail_probes"]
-        assert retransmits == 0
+        assert retransmits <= 0
 
     def test_close_of_the_listener_resets_who_waits(self, bed: Bed) -> None:
         app = tcp(bed.proxy())

@@ -54,7 +54,6 @@ from ulnet.kernelshim.packet import PacketLink
 __all__ = ["Demux", "Flow"]
 
 DEFAULT_MAX_CHANNELS = 4096
-SERVER_SLOTS = 128  # it is slower than a library, and everybody's: bursts matter more than bulk
 _MAX_FLOWS = 1 << 20
 _VNET_BYTES = 10  # struct virtio_net_hdr, before each frame that a PACKET_VNET_HDR socket sends
 _PROBE_SECONDS = 0.05  # probes are answered within the send call, or after a little when the processor is busy
@@ -106,7 +105,7 @@ class Demux:
         *,
         ebpf: bool | None = None,
         server_interface: str = "ipf",
-        server_slots: int = SERVER_SLOTS,
+        server_slots: int = DEFAULT_SLOTS,
         max_channels: int = DEFAULT_MAX_CHANNELS,
         tag: int = MARK_TAG,
     ) -> None:

@@ -72,7 +72,7 @@ def send_numbers(near: socket.socket, start: int, count: int, size: int = 1400) 
 def test_a_default_ring_holds_whole_super_segments_in_whole_pages() -> None:
     ring = ring_for()
     page = os.sysconf("SC_PAGESIZE")
-    assert ring.slots >= 64
+    assert ring.slots >= 128
     assert ring.slot_bytes >= 65549 + 100 and ring.slot_bytes % page == 0
     assert ring.slots % ring.slots_per_block == 0
     with pytest.raises(ValueError, match="at least 4"):

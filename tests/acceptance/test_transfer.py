@@ -140,7 +140,7 @@ def test_both_ways_at_once(hosts: Hosts) -> None:
         )
     assert app.value("got") == digest_of(size, 2)
     assert back == [digest_of(size, 3)]
-    # On several processors frames overtake each other on the veth pair; and a ring of 75 slots, in which each
+    # On several processors frames overtake each other on the veth pair; and a ring of 135 slots, in which each
     # acknowledgement takes one, too, overflows when this program is kept from running while its peer is not.
     counters = app.value("host.engine.counters()")
     mine, kernel = app.value("s.session.stat()['retransmits']"), total_retrans(peer)

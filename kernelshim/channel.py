@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # A ring is written and read all around, so bulk data are 15 % faster in one of half the size, which caches take better;
-# but that one overran where two programs of one host share a processor.
+# but that one overran between two programs of one host.
 DEFAULT_SLOTS = 128
 _FRAME_MAX = 65535 + 14  # a whole IPv4 packet or super-segment behind its Ethernet header
 _SLOT_OVERHEAD = 128  # tpacket2_hdr, sockaddr_ll, virtio_net_hdr and their alignment: 92 used

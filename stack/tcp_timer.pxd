@@ -31,8 +31,8 @@ cdef extern from *:                      # C literals: an enum would make int of
     const int64_t TCP_RETRY_NS               # the link was full: doubled up to 6 times
     const int64_t TCP_PTO_MIN_NS             # differs: RFC 8985 has none; a peer that does not run answers late, and a probe
                                              # would be in vain. Between Linux's 2 and 8 ms.
-    const int64_t TCP_PTO_ALONE_NS           # of a single segment, whose ACK may be delayed. differs: RFC 8985 allows for 200 ms,
-                                             # nobody's delay but Windows'; Linux and BSD wait 40. In vain it costs a segment.
+    const int64_t TCP_PTO_ALONE_NS           # of a single segment, whose ACK may be delayed. differs: RFC 8985 allows for 200 ms;
+                                             # the usual delay is 40. A probe in vain costs one segment.
 
 cdef enum:
     TCP_SYN_TRIES = 6                    # differs: 127 s as Linux; RFC 9293 3.8.3 asks for 3 minutes

@@ -185,27 +185,26 @@ def test_one_lost_super_segment_is_seen_by_the_next_one() -> None:
     assert len(seen) < 20
 
 
-def test_a_lost_tail_is_repaired_without_a_timeout() -> None:
+def window_with_losses(*numbers: int) -> Endpoint:
+    """The sender of an initial window, all of which arrives without a timeout although these segments are lost."""
     sim, a, b = joined(delay_ns=MS)
-    _, a.wire.drop = lose(7, 8, 9)  # the end of the initial window, and of all
+    _, a.wire.drop = lose(*numbers)
     data = random.Random(1).randbytes(10 * MSS)
     a.pour(data)
     b.drain()
     sim.run(for_ns=60 * MS)
     assert bytes(b.received) == data
     assert a.counters["rto_events"] == 0
+    return a
+
+
+def test_a_lost_tail_is_repaired_without_a_timeout() -> None:
+    window_with_losses(7, 8, 9)  # the end of the initial window, and of all
 
 
 def test_a_lost_tail_whose_repair_is_lost_too() -> None:
     """The probe's answer says that the path works, so silence is asked after once more."""
-    sim, a, b = joined(delay_ns=MS)
-    _, a.wire.drop = lose(7, 8, 9, 11, 12)  # 10 is the probe
-    data = random.Random(1).randbytes(10 * MSS)
-    a.pour(data)
-    b.drain()
-    sim.run(for_ns=60 * MS)
-    assert bytes(b.received) == data
-    assert a.counters["rto_events"] == 0
+    a = window_with_losses(7, 8, 9, 11, 12)  # 10 is the probe
     assert a.counters["tail_probes"] == 2
 
 

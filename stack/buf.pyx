@@ -14,6 +14,10 @@ from libc.string cimport memcpy, memset
 from ulnet.kernelshim.fastpaths cimport fast_from_bytes
 from ulnet.kernelshim.link cimport UL_FRAME_GSO_UDP, UL_LINK_EVACUATE, UL_SLOT_NONE, iovec, ul_link, ul_rx
 
+cdef extern from "ulnet/stack/lines.h" nogil:
+    void take_lines "ul_take_lines" (const uint8_t *p, size_t n)
+    void copy_taking "ul_copy_taking" (uint8_t *to, const uint8_t *data, size_t n)
+
 cdef enum:
     # Payload room of each class; a header of HEADER_BYTES comes on top. The smallest holds a header and a
     # short message, 2 KiB an Ethernet frame, 64 KiB a super-segment.
@@ -174,7 +178,7 @@ cdef bint slot_to_heap(bufpool *p, rxseg *s) noexcept nogil:
     cdef uint8_t *b = block_get(p, cls, s.len_bytes)
     if b == NULL:
         return False
-    memcpy(b, s.data, s.len_bytes)
+    copy_taking(b, s.data, s.len_bytes)
     p.copied_bytes += s.len_bytes
     s.block = b
     s.block_class = <uint8_t>cls
@@ -231,6 +235,14 @@ cdef void bufpool_evacuate(bufpool *p) noexcept nogil:
 
 # ---- received segments ----
 
+cdef inline void copy_in(bufpool *p, uint8_t *to, const uint8_t *data, uint32_t n, const ul_rx *frame) noexcept nogil:
+    if frame != NULL and frame.slot != UL_SLOT_NONE:
+        copy_taking(to, data, n)
+    else:
+        memcpy(to, data, n)
+    p.copied_bytes += n
+
+
 cdef rxseg *rxseg_new(bufpool *p, const uint8_t *data, uint32_t n, uint32_t seq, const ul_rx *frame,
                       uint32_t room_bytes, bint *held) noexcept nogil:
     cdef rxseg *s = <rxseg *>block_get(p, 0, SMALL_BYTES)
@@ -273,8 +285,7 @@ cdef rxseg *rxseg_new(bufpool *p, const uint8_t *data, uint32_t n, uint32_t seq,
         s.cap_bytes = want - n
         s.mem_bytes += HEADER_BYTES + want
     if n and data != NULL:
-        memcpy(s.data, data, n)
-        p.copied_bytes += n
+        copy_in(p, s.data, data, n, frame)
     return s
 
 
@@ -341,17 +352,17 @@ cdef int rxq_append(bufpool *p, rxqueue *q, const uint8_t *data, uint32_t n, uin
                 room = BULK_BYTES
             elif q.len_bytes or n > SMALL_BYTES:
                 room = FRAME_BYTES
-            s = rxseg_new(p, data + part, n - part, seq + part, NULL, room, held)
+            s = rxseg_new(p, NULL, n - part, seq + part, NULL, room, held)
             if s == NULL:
                 return -ENOMEM       # nothing was taken
+            copy_in(p, s.data, data + part, n - part, frame)
         else:
             s = NULL
         if part:
-            memcpy(t.data + t.len_bytes, data, part)
+            copy_in(p, t.data + t.len_bytes, data, part, frame)
             t.len_bytes += part
             t.cap_bytes -= part
             q.len_bytes += part
-            p.copied_bytes += part
         if s != NULL:
             rxq_push(q, s)
         return 0
@@ -367,7 +378,10 @@ cdef size_t rxq_read(bufpool *p, rxqueue *q, uint8_t *out, size_t n, bint peek) 
     cdef size_t done = 0, part
     while s != NULL and done < n:
         part = s.len_bytes if s.len_bytes <= n - done else n - done
-        memcpy(out + done, s.data, part)
+        if s.origin == RXSEG_SLOT:
+            copy_taking(out + done, s.data, part)
+        else:
+            memcpy(out + done, s.data, part)
         done += part
         if peek:
             s = s.next
@@ -437,6 +451,8 @@ cdef rxseg *rxq_take(bufpool *p, rxqueue *q, size_t max_bytes) noexcept nogil:
             q.len_bytes += rest.len_bytes
             q.mem_bytes += rest.mem_bytes
             q.count += 1
+    if s.origin == RXSEG_SLOT:
+        take_lines(s.data, s.len_bytes)
     s.lent = 1
     p.lent += 1
     return s

@@ -319,6 +319,14 @@ class ClassicProgram:
         """A = size bytes at X + offset."""
         self._code.append(_Classic(0x40 | _CLASSIC_LOADS[size], offset))
 
+    def load_value(self, value: int) -> None:
+        """A = a constant."""
+        self._code.append(_Classic(0x00, value))
+
+    def load_length(self) -> None:
+        """A = bytes of the packet: in a fanout selector, from the network header on."""
+        self._code.append(_Classic(0x80, 0))
+
     def load_scratch(self, cell: int) -> None:
         self._code.append(_Classic(0x60, cell))
 
@@ -347,6 +355,9 @@ class ClassicProgram:
 
     def ret(self, value: int) -> None:
         self._code.append(_Classic(0x06, value))
+
+    def ret_a(self) -> None:
+        self._code.append(_Classic(0x16, 0))
 
     def assemble(self) -> bytes:
         """The array of struct sock_filter. Raises OSError(ENOSPC) when it is longer than the kernel takes."""

@@ -6,6 +6,8 @@ and the filter stands by then. Read first: packet(7), Documentation/networking/p
 
 The socket is bound to all devices so that one descriptor serves the network and the loopback device, by
 which a stack talks to its own address; the filter says which devices count.
+
+A channel with rings has two such sockets, one for small frames and one for large ones (packet.pyx says why).
 """
 
 import ctypes
@@ -14,7 +16,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
@@ -23,24 +25,32 @@ from ulnet.kernelshim.packet import PacketLink
 
 __all__ = [
     "DEFAULT_SLOTS",
+    "NO_RINGS",
     "ChannelGrant",
     "Ring",
+    "Rings",
+    "link_on",
     "open_embedded",
     "packet_socket",
     "ring_for",
+    "rings_for",
 ]
 
-# A ring is written and read all around, so bulk data are 15 % faster in one of half the size, which caches take better;
-# but that one overran between two programs of one host.
-DEFAULT_SLOTS = 128
-_FRAME_MAX = 65535 + 14  # a whole IPv4 packet or super-segment behind its Ethernet header
+# Of large frames. The kernel fills a ring all around, so its size is what the caches must take: one of four times as
+# many slots costs bulk data 15 % of their speed, one of half as many overruns when a reader is late.
+DEFAULT_SLOTS = 30
+# A round trip is 5 % slower with four times as many; a kernel socket's buffer holds about as many small datagrams.
+SMALL_SLOTS = 256
+_SMALL_MTU_MAX = 9216  # above it a frame is a large one; so is what offload has put together
+ETH_BYTES = 14
+_FRAME_MAX = 65535 + ETH_BYTES  # a whole IPv4 packet or super-segment behind its Ethernet header
 _SLOT_OVERHEAD = 128  # tpacket2_hdr, sockaddr_ll, virtio_net_hdr and their alignment: 92 used
 _BLOCK_PAGES_MAX = 256  # the kernel allocates a block in one piece of a power of two pages
 
 # linux/if_packet.h
 PACKET_RX_RING, PACKET_VERSION, PACKET_VNET_HDR, PACKET_FANOUT = 5, 10, 15, 18
 PACKET_FANOUT_DATA, PACKET_IGNORE_OUTGOING = 22, 23
-FANOUT_HASH, FANOUT_CBPF, FANOUT_EBPF = 0, 6, 7
+FANOUT_CBPF, FANOUT_EBPF = 6, 7
 FANOUT_FLAG_UNIQUEID, FANOUT_FLAG_IGNORE_OUTGOING, FANOUT_FLAG_DEFRAG = 0x2000, 0x4000, 0x8000
 _TPACKET_V2 = 1
 _ETH_P_ALL = 0x0003
@@ -69,49 +79,66 @@ class Ring(NamedTuple):
 NO_RING = Ring(0, 0, 0)
 
 
-def ring_for(slots: int = DEFAULT_SLOTS, frame_bytes: int = _FRAME_MAX) -> Ring:
-    """A ring of at least ``slots`` slots, each holding a whole frame and being whole pages.
+class Rings(NamedTuple):
+    """The rings of a channel. ``small_bytes``: frames of up to so many bytes, Ethernet header included, are small."""
 
-    Blocks hold as many slots as fit into a power of two of pages with little waste, so the number of slots
-    is rounded up (128 become 135: nine blocks of 15 slots of 17 pages).
+    small: Ring
+    large: Ring
+    small_bytes: int
+
+
+NO_RINGS = Rings(NO_RING, NO_RING, 0)
+
+
+def ring_for(slots: int = DEFAULT_SLOTS, frame_bytes: int = _FRAME_MAX) -> Ring:
+    """A ring of at least ``slots`` slots, each holding a whole frame.
+
+    A slot is whole pages, or one of several that fill a page. Blocks hold as many as fit into a power of two of
+    pages with little waste, so the number of slots is rounded up (128 of 17 pages become 135: nine blocks of 15).
     """
     if slots < 4:
         raise ValueError(f"a ring of {slots} slots is too small: it needs at least 4")
     page = os.sysconf("SC_PAGESIZE")
-    pages = -(-(frame_bytes + _SLOT_OVERHEAD) // page)
-    per_block = max(1, min(slots, max(_BLOCK_PAGES_MAX * 4096 // page, pages) // pages))
-    return Ring(-(-slots // per_block) * per_block, pages * page, per_block)
+    need = frame_bytes + _SLOT_OVERHEAD
+    if need <= page // 2:
+        size = 1 << (need - 1).bit_length()
+        per_block = page // size
+    else:
+        pages = -(-need // page)
+        size = pages * page
+        per_block = max(1, min(slots, max(_BLOCK_PAGES_MAX * 4096 // page, pages) // pages))
+    return Ring(-(-slots // per_block) * per_block, size, per_block)
+
+
+def rings_for(slots: int = DEFAULT_SLOTS, mtu: int = 1500, small_slots: int = SMALL_SLOTS) -> Rings:
+    """``slots`` for large frames; ``small_slots`` for frames that were sent as such on a network with that MTU."""
+    frame_bytes = min(mtu, _SMALL_MTU_MAX) + ETH_BYTES
+    small = ring_for(small_slots, frame_bytes)
+    return Rings(small, ring_for(slots), small.slot_bytes - _SLOT_OVERHEAD)
 
 
 class ChannelGrant(NamedTuple):
-    """What the server hands an application with the descriptor: all it needs to open the channel.
+    """What the server hands an application with the descriptors: all it needs to open the channel.
 
-    Every field but ``fd`` can be sent as data; the receiver replaces ``fd`` by the descriptor it got.
+    Every field but ``fds`` can be sent as data; the receiver replaces ``fds`` by the descriptors it got: of small
+    frames and of large ones, or a single one for ``ipc``.
     """
 
     channel_id: int
-    fd: int
+    fds: tuple[int, ...]
     mark: int
     interface: str
-    slots: int
-    slot_bytes: int
-    ifindex: int
-    loopback_ifindex: int
-    mac: bytes
-    mtu: int
+    rings: Rings
+    device: "Device"
 
-    def open(self, fd: int | None = None, interface: str | None = None) -> PacketLink:
-        """The channel as a link. Takes the descriptor over: the grant's own, or the one given."""
-        return PacketLink(
-            self.fd if fd is None else fd,
-            ifindex=self.ifindex,
-            loopback_ifindex=self.loopback_ifindex,
-            mac=self.mac,
-            mtu=self.mtu,
-            interface=interface or self.interface,
-            slots=self.slots,
-            slot_bytes=self.slot_bytes,
-        )
+    def open(self, fds: Sequence[int] = (), interface: str | None = None) -> PacketLink:
+        """The channel as a link. Takes the descriptors over: the grant's own, or those given."""
+        return link_on(self.device, fds or self.fds, interface or self.interface, self.rings)
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        for fd in self.fds:
+            os.close(fd)
 
 
 class Device(NamedTuple):
@@ -138,6 +165,21 @@ def device(name: str) -> Device:
     if kind not in (_ARPHRD_ETHER, _ARPHRD_LOOPBACK):
         raise ValueError(f"interface {name!r} is not Ethernet (hardware type {kind}): use another one")
     return Device(name, ifindex, socket.if_nametoindex("lo"), hardware[18:24], mtu)
+
+
+def link_on(where: Device, fds: Sequence[int], interface: str, rings: Rings) -> PacketLink:
+    """A channel's sockets as a link. Takes the descriptors over."""
+    return PacketLink(
+        fds,
+        ifindex=where.ifindex,
+        loopback_ifindex=where.loopback_ifindex,
+        mac=where.mac,
+        mtu=where.mtu,
+        interface=interface,
+        small=rings.small[:2],
+        large=rings.large[:2],
+        small_bytes=rings.small_bytes,
+    )
 
 
 def attach_classic(sock: socket.socket, program: bytes) -> None:
@@ -225,14 +267,13 @@ def fanout_arguments(group: int, kind: int, flags: int, members: int = 0) -> byt
     return args + struct.pack("=I", members) if members else args
 
 
-def join_alone(sock: socket.socket) -> None:
-    """A fanout group of one, only for its reassembly of IPv4 fragments."""
-    flags = FANOUT_FLAG_UNIQUEID | FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG
-    sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(0, FANOUT_HASH, flags))
-
-
 def open_embedded(
-    interface: str, address: IPv4Address, *, packet_interface: str = "ipf", slots: int = DEFAULT_SLOTS
+    interface: str,
+    address: IPv4Address,
+    *,
+    packet_interface: str = "ipf",
+    slots: int = DEFAULT_SLOTS,
+    small_slots: int = SMALL_SLOTS,
 ) -> PacketLink:
     """One channel for a stack that is its own server: ARP for the address and every packet to it.
 
@@ -241,15 +282,28 @@ def open_embedded(
     where = device(interface)
     place = filters.Place(where.ifindex, where.loopback_ifindex, IPv4Address(address))
     program = filters.classic_server_filter(place)
-    ring = NO_RING if packet_interface == "ipc" else ring_for(slots)
-    sock = packet_socket(lambda made: attach_classic(made, program), ring=ring, join=join_alone, lock=False)
-    return PacketLink(
-        sock.detach(),
-        ifindex=where.ifindex,
-        loopback_ifindex=where.loopback_ifindex,
-        mac=where.mac,
-        mtu=where.mtu,
-        interface=packet_interface,
-        slots=ring.slots,
-        slot_bytes=ring.slot_bytes,
-    )
+    rings = NO_RINGS if packet_interface == "ipc" else rings_for(slots, where.mtu, small_slots)
+    group: int | None = None
+
+    def join(sock: socket.socket) -> None:
+        """A fanout group for its reassembly of IPv4 fragments, and to tell small frames from large ones."""
+        nonlocal group
+        flags = FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG
+        if group is not None:
+            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(group, FANOUT_CBPF, flags))
+        else:
+            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(0, FANOUT_CBPF, flags | FANOUT_FLAG_UNIQUEID))
+            group = sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
+            argument, memory = bpf.attachable(filters.classic_by_size(rings.small_bytes - ETH_BYTES))
+            sock.setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, argument)
+            del memory
+
+    made: list[socket.socket] = []
+    try:
+        for ring in (NO_RING,) if packet_interface == "ipc" else rings[:2]:
+            made.append(packet_socket(lambda sock: attach_classic(sock, program), ring=ring, join=join, lock=False))
+    except BaseException:
+        for sock in made:
+            sock.close()
+        raise
+    return link_on(where, [sock.detach() for sock in made], packet_interface, rings)

@@ -1,8 +1,9 @@
 """The server's demultiplexer: which channel gets the packets of which flow.
 
-One PACKET_FANOUT group holds every channel of an address. Member 0 rejects, member 1 is the server, the
-others are channels. With CAP_BPF the selector looks flows up in a map, so that its cost does not grow with
-channels or flows; without, a classic program is replaced at each change of a flow.
+One PACKET_FANOUT group holds every channel of an address, with a socket for small packets and one for large ones.
+Member 0 rejects, the next two are the server's, the others the channels'. With CAP_BPF the selector looks flows up in
+maps, so that its cost does not grow with channels or flows; without, a classic program is replaced at each change of a
+flow.
 
 Two rules of the kernel shape this file (net/packet/af_packet.c): a leaving member's place is taken by the
 last one; and a member that changes its ring leaves and joins again, which would shift the others. The
@@ -29,45 +30,50 @@ from typing import Self
 from ulnet.kernelshim import bpf, filters
 from ulnet.kernelshim.channel import (
     DEFAULT_SLOTS,
+    ETH_BYTES,
     FANOUT_CBPF,
     FANOUT_EBPF,
     FANOUT_FLAG_DEFRAG,
     FANOUT_FLAG_IGNORE_OUTGOING,
     FANOUT_FLAG_UNIQUEID,
     NO_RING,
+    NO_RINGS,
     PACKET_FANOUT,
     PACKET_FANOUT_DATA,
     SOL_PACKET,
     ChannelGrant,
     Ring,
+    Rings,
     attach_classic,
     attach_extended,
     device,
     fanout_arguments,
+    link_on,
     packet_socket,
-    ring_for,
+    rings_for,
 )
-from ulnet.kernelshim.filters import Flow, Place
+from ulnet.kernelshim.filters import Flow, Indices, Place
 from ulnet.kernelshim.marks import CHANNEL_MASK, MARK_TAG, channel_mark
 from ulnet.kernelshim.packet import PacketLink
 
 __all__ = ["Demux", "Flow"]
 
 DEFAULT_MAX_CHANNELS = 4096
+_CHANNELS_MAX = CHANNEL_MASK // 2 - 1  # a fanout group has at most 65,536 members
 _MAX_FLOWS = 1 << 20
 _VNET_BYTES = 10  # struct virtio_net_hdr, before each frame that a PACKET_VNET_HDR socket sends
 _PROBE_SECONDS = 0.05  # probes are answered within the send call, or after a little when the processor is busy
-_SWEPT_AT_ONCE = 4
+_SWEPT_AT_ONCE = 8
+_PROBED_ALWAYS = 64  # members up to which asking them all where they stand is not worth avoiding
 _PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
 
 class _Member:
-    """One channel as the server sees it."""
+    """One socket of a channel as the server sees it."""
 
-    def __init__(self, channel_id: int, sock: socket.socket, ring: Ring) -> None:
-        self.channel_id = channel_id
+    def __init__(self, key: int, sock: socket.socket, ring: Ring) -> None:
+        self.key = key  # in the map of places; half of it is the channel's id
         self.sock: socket.socket | None = sock
-        self.flows: set[Flow] = set()
         self.index = -1  # where the selector believes it stands; -1: nowhere yet
         self.inode = os.fstat(sock.fileno()).st_ino
         # Never touched: it only keeps the application from replacing the ring.
@@ -82,6 +88,29 @@ class _Member:
             self.sock = None
 
 
+class _Channel:
+    def __init__(self) -> None:
+        self.members: list[_Member] = []  # of small packets and of large ones, or of both
+        self.flows: set[Flow] = set()
+
+    @property
+    def indices(self) -> Indices:
+        return Indices(self.members[0].index, self.members[-1].index)
+
+    @property
+    def is_open(self) -> bool:
+        return self.members[0].sock is not None
+
+    def let_go(self) -> None:
+        for member in self.members:
+            member.let_go()
+
+
+def _each_ring(rings: Rings) -> tuple[Ring, ...]:
+    """One ring a socket: a channel without rings has one socket for all its packets."""
+    return (rings.small, rings.large) if rings.large.slots else (NO_RING,)
+
+
 def _living_inodes() -> set[int]:
     """Inodes of the packet sockets in this thread's network namespace."""
     with open("/proc/thread-self/net/packet") as table:
@@ -93,7 +122,7 @@ class Demux:
     """Channels of one address on one interface, and the flows that lead to them.
 
     ``tag``: upper half of every channel's packet mark (the server's own channel carries none).
-    ``ebpf``: None takes eBPF when this process may use it, else classic BPF (some 500 flows at most).
+    ``ebpf``: None takes eBPF when this process may use it, else classic BPF (some 400 flows at most).
     Raises OSError when the interface does not exist or privilege is missing, ValueError for a bad argument.
     Not thread-safe: one thread of the server owns it.
     """
@@ -109,38 +138,36 @@ class Demux:
         max_channels: int = DEFAULT_MAX_CHANNELS,
         tag: int = MARK_TAG,
     ) -> None:
-        if not 2 <= max_channels <= CHANNEL_MASK:
-            raise ValueError(f"at most {max_channels} channels: it must be 2 to {CHANNEL_MASK}")
+        if not 2 <= max_channels <= _CHANNELS_MAX:
+            raise ValueError(f"at most {max_channels} channels: it must be 2 to {_CHANNELS_MAX}")
         self.device = device(interface)
         self.place = Place(self.device.ifindex, self.device.loopback_ifindex, IPv4Address(address))
         self.ebpf = bpf.available() if ebpf is None else ebpf
         self._max_channels = max_channels
         self._tag = tag
         self._flows: dict[Flow, int] = {}
-        self._order: list[_Member] = []  # fanout order, from SERVER_INDEX + 1 on
-        self._members: dict[int, _Member] = {}
+        self._order: list[_Member] = []  # fanout order, from the first channel's on
+        self._channels: dict[int, _Channel] = {}
         self._unsure = False  # somebody joined while a closed channel was still held
         self._next_id = 1
         self._group: int | None = None
         self._sockets: list[socket.socket] = []
         self._server_interface = server_interface
+        self._server_rings = NO_RINGS if server_interface == "ipc" else rings_for(server_slots, self.device.mtu)
+        self._server_indices = Indices(1, 1 if server_interface == "ipc" else 2)
+        self._small_bytes = rings_for(mtu=self.device.mtu).small_bytes - ETH_BYTES  # from the network header on
         self._remotes: Counter[tuple[int, int]] = Counter()  # by protocol and local port: flows with a remote end
         self._maps: filters.FlowMaps | None = None
-        self._slot_map: bpf.Map | None = None
+        self._indices_map: bpf.Map | None = None
         self._place_map: bpf.Map | None = None
         try:
             self._open_maps()
             # With DEFRAG every member reassembles; the reject socket stands first and never leaves.
             self._reject = self._keep(packet_socket(self._reject_filter, join=self._join, lock=False))
-            self._server_ring = NO_RING if server_interface == "ipc" else ring_for(server_slots)
-            self._server = self._keep(
-                packet_socket(
-                    self._server_filter,
-                    ring=self._server_ring,
-                    join=self._join,
-                    lock=False,
-                )
-            )
+            self._servers = [
+                self._keep(packet_socket(self._server_filter, ring=ring, join=self._join, lock=False))
+                for ring in _each_ring(self._server_rings)
+            ]
             self._publish()
         except BaseException:
             self.close()
@@ -158,10 +185,13 @@ class Demux:
         try:
             flows = bpf.Hash(filters.KEY_BYTES, 4, _MAX_FLOWS)
             self._maps = filters.FlowMaps(flows, bpf.Array(filters.PORT_BYTES, filters.PORTS))
-            self._slot_map = bpf.Array(4, self._max_channels + 1)
-            self._place_map = bpf.Array(filters.PROBE_BYTES, self._max_channels + 1)
-            self._slot_map.update(struct.pack("=I", filters.SERVER_CHANNEL), struct.pack("=I", filters.SERVER_INDEX))
-            self._selector = bpf.load_socket_filter(filters.extended_selector(self.place, self._maps, self._slot_map))
+            self._indices_map = bpf.Array(filters.INDICES_BYTES, self._max_channels + 1)
+            self._place_map = bpf.Array(filters.PROBE_BYTES, 2 * (self._max_channels + 1))
+            self._indices_map.update(struct.pack("=I", filters.SERVER_CHANNEL), self._server_indices.pack())
+            selector = filters.extended_selector(
+                self.place, self._maps, self._indices_map, self._server_indices, self._small_bytes
+            )
+            self._selector = bpf.load_socket_filter(selector)
         except PermissionError:
             raise PermissionError(errno.EPERM, "eBPF needs CAP_BPF: run as root, or pass ebpf=False") from None
 
@@ -177,7 +207,7 @@ class Demux:
     def _join(self, sock: socket.socket) -> None:
         kind = FANOUT_EBPF if self.ebpf else FANOUT_CBPF
         flags = FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG
-        members = self._max_channels + 2
+        members = 2 * self._max_channels + 3
         if self._group is None:
             flags |= FANOUT_FLAG_UNIQUEID
             sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(0, kind, flags, members))
@@ -192,68 +222,71 @@ class Demux:
 
     def open_server_channel(self) -> PacketLink:
         """The channel that gets what no other channel's flow matches, and ARP. One at a time."""
-        return self._link(self._server, self._server_interface, self._server_ring)
-
-    def _link(self, sock: socket.socket, interface: str, ring: Ring) -> PacketLink:
-        return PacketLink(
-            os.dup(sock.fileno()),
-            ifindex=self.device.ifindex,
-            loopback_ifindex=self.device.loopback_ifindex,
-            mac=self.device.mac,
-            mtu=self.device.mtu,
-            interface=interface,
-            slots=ring.slots,
-            slot_bytes=ring.slot_bytes,
-        )
+        fds = [os.dup(sock.fileno()) for sock in self._servers]
+        return link_on(self.device, fds, self._server_interface, self._server_rings)
 
     def open_channel(self, interface: str = "ipf", *, slots: int = DEFAULT_SLOTS) -> ChannelGrant:
-        """Make a channel without flows. The grant's ``fd`` belongs to the caller: pass it on, then close it.
+        """Make a channel without flows. The grant's ``fds`` belong to the caller: pass them on, then close them.
 
-        Raises OSError(ENOSPC) when all channels are in use.
+        ``slots``: of the ring of large frames. Raises OSError(ENOSPC) when all channels are in use.
         """
         if interface not in ("ipf", "shm", "ipc"):
             raise ValueError(f"packet interface {interface!r}: it must be one of 'ipf', 'shm', 'ipc'")
         self.sweep()
         leaving = self.leaving
         channel_id = self._free_id()
-        ring = NO_RING if interface == "ipc" else ring_for(slots)
-
-        def attach(sock: socket.socket) -> None:
-            if self._maps is None or self._place_map is None:
-                attach_classic(sock, filters.classic_channel_filter(self.place))
-            else:
-                program = filters.extended_channel_filter(self.place, self._maps, self._place_map, channel_id)
-                attach_extended(sock, program)
-
-        sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id, self._tag), join=self._join)
+        rings = NO_RINGS if interface == "ipc" else rings_for(slots, self.device.mtu)
+        channel = self._channels[channel_id] = _Channel()
         try:
-            member = _Member(channel_id, sock, ring)
+            for ring in _each_ring(rings):
+                self._add_member(channel, channel_id, ring)
         except BaseException:
-            sock.close()
+            self._give_up(channel_id)
             raise
-        self._members[channel_id] = member
-        self._order.append(member)
-        self._show(member, len(self._order) - 1)
+        for member in channel.members:
+            self._show(member, self._order.index(member))
         if leaving:  # the one who leaves may have gone before this one joined, or goes after: its place is another's
             self._unsure = True
             self.sweep()
         return ChannelGrant(
             channel_id=channel_id,
-            fd=os.dup(sock.fileno()),
+            fds=tuple(os.dup(member.sock.fileno()) for member in channel.members if member.sock is not None),
             mark=channel_mark(channel_id, self._tag),
             interface=interface,
-            slots=ring.slots,
-            slot_bytes=ring.slot_bytes,
-            ifindex=self.device.ifindex,
-            loopback_ifindex=self.device.loopback_ifindex,
-            mac=self.device.mac,
-            mtu=self.device.mtu,
+            rings=rings,
+            device=self.device,
         )
 
+    def _add_member(self, channel: _Channel, channel_id: int, ring: Ring) -> None:
+        key = 2 * channel_id + len(channel.members)
+
+        def attach(sock: socket.socket) -> None:
+            if self._maps is None or self._place_map is None:
+                attach_classic(sock, filters.classic_channel_filter(self.place))
+            else:
+                program = filters.extended_channel_filter(self.place, self._maps, self._place_map, channel_id, key)
+                attach_extended(sock, program)
+
+        sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id, self._tag), join=self._join)
+        try:
+            member = _Member(key, sock, ring)
+        except BaseException:
+            sock.close()
+            raise
+        channel.members.append(member)
+        self._order.append(member)
+
+    def _give_up(self, channel_id: int) -> None:
+        """A channel that was not finished: nobody else holds its sockets, and they joined last."""
+        channel = self._channels.pop(channel_id)
+        for member in reversed(channel.members):
+            self._order.remove(member)
+            member.let_go()
+
     def _free_id(self) -> int:
-        if len(self._members) >= self._max_channels:
+        if len(self._channels) >= self._max_channels:
             raise OSError(errno.ENOSPC, f"all {self._max_channels} channels are in use")
-        while self._next_id in self._members:
+        while self._next_id in self._channels:
             self._next_id = self._next_id % self._max_channels + 1
         channel_id = self._next_id
         self._next_id = channel_id % self._max_channels + 1
@@ -262,20 +295,25 @@ class Demux:
     def close_channel(self, channel_id: int) -> bool:
         """Remove a channel and its flows; their packets go to the server from now on.
 
-        False when somebody still holds the descriptor: the channel then receives nothing, keeps its id and
+        False when somebody still holds a descriptor: the channel then receives nothing, keeps its id and
         its mark, and leaves for good at a later ``sweep`` (each open and close does one). Sweep soon and often while
         ``leaving``: when the last holder goes, another channel takes the place, and its packets stray until then.
         """
-        member = self._member(channel_id)
-        self._drop_flows(list(member.flows))
-        if member.sock is not None:
+        channel = self._channel(channel_id)
+        self._drop_flows(list(channel.flows))
+        order, closed = list(self._order), list(channel.members) if channel.is_open else []
+        for member in closed:
             # The kernel moves the last member into the leaver's place. Say so first: a packet that comes
             # between finds a dying channel, whose filter drops it, and not the server, which would reset it.
-            self._show(self._order[-1], self._order.index(member))
+            at = order.index(member)
+            last = order.pop()
+            if last is not member:
+                order[at] = last
+                self._show(last, at)
             member.let_go()
-        if sum(other.sock is None for other in self._order) <= _SWEPT_AT_ONCE:
-            self.sweep()  # it looks at every socket of the namespace: when a crowd leaves, once for all of them
-        return channel_id not in self._members
+        if sum(member.sock is None for member in self._order) <= _SWEPT_AT_ONCE:
+            self._sweep(closed)  # it looks at every socket of the namespace: when a crowd leaves, once for all of them
+        return channel_id not in self._channels
 
     @property
     def leaving(self) -> bool:
@@ -284,26 +322,39 @@ class Demux:
 
     def sweep(self) -> int:
         """Take note of closed channels whose descriptors are gone by now; returns how many are still there."""
+        return self._sweep([])
+
+    def _sweep(self, closed: list[_Member]) -> int:
+        """``closed``: those that were let go just now, in that order."""
         leaving = [member for member in self._order if member.sock is None]
         if not leaving:
             return 0
         living = _living_inodes()
         gone = [member for member in leaving if member.inode not in living]
+        if set(gone) <= set(closed):
+            gone = [member for member in closed if member in gone]
+            known = len(self._order) > _PROBED_ALWAYS or len(gone) < 2
+        else:
+            known = len(gone) < 2
         for member in gone:
             at = self._order.index(member)
             last = self._order.pop()
             if last is not member:
                 self._order[at] = last
-            del self._members[member.channel_id]
-        if gone and (len(gone) > 1 or self._unsure):
+            channel_id = member.key // 2
+            self._channels[channel_id].members.remove(member)
+            if not self._channels[channel_id].members:
+                del self._channels[channel_id]
+        if gone and (self._unsure or not known):
             # Unseen, so nobody knows which left first, and whether before another joined: the places depend on it.
+            # Of two that the server closed itself it knows, unless the application was closing them at that moment.
             self._find_places()
         self._unsure = self._unsure and len(leaving) > len(gone)
         # Also when none is gone: close_channel() has announced a move that did not happen.
         changed = [self._show(member, at, publish=False) for at, member in enumerate(self._order)]
         if any(changed) or gone:
             self._publish()
-        return len(leaving) - len(gone)
+        return len({member.key // 2 for member in leaving if member not in gone})
 
     def _find_places(self) -> None:
         """Ask the channels themselves where they stand, with a probe to each place of the group.
@@ -313,7 +364,7 @@ class Demux:
         if self._place_map is None:
             return
         nonce = os.urandom(filters.PROBE_BYTES - 4)
-        first = filters.SERVER_INDEX + 1
+        first = self._server_indices.large + 1
         head = bytes(_VNET_BYTES + 12) + struct.pack("!H", filters.PROBE_ETHERTYPE)
         for index in range(first, first + len(self._order)):
             frame = head + struct.pack("=I", index) + nonce
@@ -324,8 +375,7 @@ class Demux:
             answers = {
                 struct.unpack_from("=I", answer)[0] - first: member
                 for member in self._order
-                if (answer := self._place_map.lookup(struct.pack("=I", member.channel_id))) is not None
-                and answer[4:] == nonce
+                if (answer := self._place_map.lookup(struct.pack("=I", member.key))) is not None and answer[4:] == nonce
             }
             if len(answers) == len(self._order):
                 self._order = [answers[at] for at in sorted(answers)]
@@ -336,22 +386,25 @@ class Demux:
 
     def channels(self) -> list[int]:
         """Ids of the channels that exist, those that wait for a last holder included."""
-        return sorted(self._members)
+        return sorted(self._channels)
 
-    def _member(self, channel_id: int) -> _Member:
+    def _channel(self, channel_id: int) -> _Channel:
         try:
-            return self._members[channel_id]
+            return self._channels[channel_id]
         except KeyError:
             raise ValueError(f"there is no channel {channel_id}") from None
 
     def _show(self, member: _Member, at: int, *, publish: bool = True) -> bool:
         """Tell the selector at which place of ``_order`` a channel's socket stands; False when it knew."""
-        index = at + filters.SERVER_INDEX + 1
+        index = at + self._server_indices.large + 1
         if member.index == index:
             return False
         member.index = index
-        if self._slot_map is not None:
-            self._slot_map.update(struct.pack("=I", member.channel_id), struct.pack("=I", index))
+        channel_id = member.key // 2
+        channel = self._channels[channel_id]
+        if self._indices_map is not None:
+            if min(channel.indices) >= 0:
+                self._indices_map.update(struct.pack("=I", channel_id), channel.indices.pack())
         elif publish:
             self._publish()
         return True
@@ -399,7 +452,7 @@ class Demux:
         return Flow(proto, laddr, lport, raddr, rport)
 
     def _lead(self, flow: Flow, channel_id: int) -> None:
-        if channel_id != filters.SERVER_CHANNEL and self._member(channel_id).sock is None:
+        if channel_id != filters.SERVER_CHANNEL and not self._channel(channel_id).is_open:
             raise ValueError(f"channel {channel_id} is closed")
         before = self._flows.get(flow)
         self._note(flow, channel_id)
@@ -434,11 +487,11 @@ class Demux:
             if not self._remotes[port]:
                 del self._remotes[port]
         if before is not None and before != filters.SERVER_CHANNEL:
-            self._members[before].flows.discard(flow)
+            self._channels[before].flows.discard(flow)
         if channel_id is not None:
             self._flows[flow] = channel_id
             if channel_id != filters.SERVER_CHANNEL:
-                self._members[channel_id].flows.add(flow)
+                self._channels[channel_id].flows.add(flow)
 
     def _drop_flows(self, flows: list[Flow]) -> None:
         for flow in flows:
@@ -453,33 +506,34 @@ class Demux:
         """Replace the classic selector; nothing to do with maps."""
         if self._maps is not None:
             return
-        program = filters.classic_selector(
-            self.place, {flow: self._index_of(channel_id) for flow, channel_id in self._flows.items()}
-        )
+        flows = {flow: self._indices_of(channel_id) for flow, channel_id in self._flows.items()}
+        program = filters.classic_selector(self.place, flows, self._server_indices, self._small_bytes)
         argument, memory = bpf.attachable(program)
         # Through the reject socket: the kernel takes this only from a member whose filter is not locked.
         self._sockets[0].setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, argument)
         del memory
 
-    def _index_of(self, channel_id: int) -> int:
-        return filters.SERVER_INDEX if channel_id == filters.SERVER_CHANNEL else self._members[channel_id].index
+    def _indices_of(self, channel_id: int) -> Indices:
+        if channel_id == filters.SERVER_CHANNEL:
+            return self._server_indices
+        return self._channels[channel_id].indices
 
     # ---- end ----
 
     def close(self) -> None:
         """Close every socket of the server's. Channels that applications hold stay open, but get nothing new."""
-        for member in self._members.values():
-            member.let_go()
-        self._members.clear()
+        for channel in self._channels.values():
+            channel.let_go()
+        self._channels.clear()
         self._order.clear()
         self._flows.clear()
         for sock in reversed(self._sockets):
             sock.close()
         self._sockets.clear()
-        for table in (*(self._maps or ()), self._slot_map, self._place_map):
+        for table in (*(self._maps or ()), self._indices_map, self._place_map):
             if table is not None:
                 table.close()
-        self._maps = self._slot_map = self._place_map = None
+        self._maps = self._indices_map = self._place_map = None
 
     def __enter__(self) -> Self:
         return self

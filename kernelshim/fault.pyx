@@ -494,7 +494,7 @@ cdef class FaultLink(Link):
         self.ops.release = fault_release
         self.ops.evacuate = NULL
         self.ops.deferred_ns = fault_deferred
-        self.ops.slots = 0  # every packet is a copy
+        self.ops.slots = self.ops.small_slots = 0  # every packet is a copy
         # Cutting and completing is done here, whatever the inner link can do.
         self.ops.features = UL_LINK_CSUM | UL_LINK_TSO | UL_LINK_USO | UL_LINK_UFO
 

@@ -1,8 +1,9 @@
 """The programs that decide which packets a channel sees: fanout selectors and per-channel filters.
 
 Order in the kernel: PACKET_FANOUT reassembles IPv4 fragments, runs the selector (which member gets the
-packet), then that member's own filter (whether it gets it at all). Member 0 rejects everything, member 1 is
-the server, so that an index beyond the group, taken modulo its size, never reaches a wrong reader unseen.
+packet), then that member's own filter (whether it gets it at all). Member 0 rejects everything, the next are
+the server's, so that an index beyond the group, taken modulo its size, never reaches a wrong reader unseen.
+A channel with rings is two members, of small and of large packets; one without is the same member for both.
 
 The extended programs look flows up in maps that the server edits: an array by local port says whose every packet to
 the port is, which is all there is to know of most ports, and a hash map has the flows with a remote end. The classic
@@ -28,7 +29,6 @@ from ulnet.kernelshim.bpf import (
 )
 
 REJECT_INDEX = 0  # fanout index of the socket whose filter drops everything
-SERVER_INDEX = 1  # fanout index of the server's channel
 SERVER_CHANNEL = 0  # channel id of the server
 
 _ACCEPT = 0x7FFFFFFF  # a socket filter returns how many bytes to keep
@@ -44,7 +44,7 @@ _ICMP_ERRORS = (3, 11, 12)  # RFC 792: destination unreachable, time exceeded, p
 _NOT_WHOLE = 0x3FFF  # IPv4: more fragments, or an offset
 
 # struct __sk_buff (linux/bpf.h)
-_SKB_PKT_TYPE, _SKB_PROTOCOL, _SKB_VLAN_PRESENT, _SKB_IFINDEX = 4, 16, 20, 40
+_SKB_LEN, _SKB_PKT_TYPE, _SKB_PROTOCOL, _SKB_VLAN_PRESENT, _SKB_IFINDEX = 0, 4, 16, 20, 40
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _SKB_LOAD_BYTES_RELATIVE, _HDR_START_NET = 1, 2, 68, 1
 
 # Key of the flow map: remote address, remote port, local port (big-endian), protocol, 3 zero bytes. The local address
@@ -58,6 +58,21 @@ PORTS = 2 << 16
 _HAS_CHANNEL = 1 << 16
 _HAS_FLOWS = 1 << 17  # some with a remote end: the flow map knows better
 _CHANNEL = 0xFFFF
+
+
+class Indices(NamedTuple):
+    """Where in the fanout group a channel's sockets stand: of small packets, and of large ones."""
+
+    small: int
+    large: int
+
+    def pack(self) -> bytes:
+        """The value in the map of places, by channel id."""
+        return _INDICES.pack(*self)
+
+
+_INDICES = struct.Struct("=II")
+INDICES_BYTES = _INDICES.size
 
 
 class Flow(NamedTuple):
@@ -267,8 +282,11 @@ def _load_probe(p: ExtendedProgram, place: Place) -> None:
     _load_bytes(p, _AT_IP, PROBE_BYTES)
 
 
-def extended_selector(place: Place, maps: FlowMaps, slots: Map) -> ExtendedProgram:
-    """Fanout: the index of the channel that owns the packet's flow; else the server's."""
+def extended_selector(place: Place, maps: FlowMaps, indices: Map, server: Indices, small_bytes: int) -> ExtendedProgram:
+    """Fanout: the socket of the channel that owns the packet's flow; else the server's. ``indices``: by channel id.
+
+    ``small_bytes``: packets of up to so many bytes, from the network header on, are small.
+    """
     p = ExtendedProgram()
     p.alu_reg("mov", 6, 1)
     p.load(4, 1, 6, _SKB_IFINDEX)
@@ -280,21 +298,30 @@ def extended_selector(place: Place, maps: FlowMaps, slots: Map) -> ExtendedProgr
     p.jump_if("ne", 1, socket.htons(_ETH_P_IP), "not IPv4")
     _find_flow(p, maps, place)
     p.store(4, p.fp, _AT_INDEX, 1)
-    _look_up(p, slots, _AT_INDEX)
+    _look_up(p, indices, _AT_INDEX)
     p.jump_if("eq", 0, 0, "unknown")
+    p.load(4, 1, 6, _SKB_LEN)
+    p.jump_if("gt", 1, small_bytes, "large")
     p.load(4, 0, 0, 0)
+    p.exit()
+    p.label("large")
+    p.load(4, 0, 0, 4)
     p.exit()
     p.label("not IPv4")
     _load_probe(p, place)
     p.load(4, 0, p.fp, _AT_IP)
     p.exit()
     p.label("unknown")
-    p.exit(SERVER_INDEX)
+    p.load(4, 1, 6, _SKB_LEN)
+    p.jump_if("gt", 1, small_bytes, "unknown and large")
+    p.exit(server.small)
+    p.label("unknown and large")
+    p.exit(server.large)
     return p
 
 
-def extended_channel_filter(place: Place, maps: FlowMaps, places: Map, channel_id: int) -> ExtendedProgram:
-    """Whole packets of the flows that belong to this channel; nothing else. Answers probes, and drops them."""
+def extended_channel_filter(place: Place, maps: FlowMaps, places: Map, channel_id: int, member: int) -> ExtendedProgram:
+    """Whole packets of this channel's flows; nothing else. Answers probes as ``member``, then drops them."""
     p = ExtendedProgram()
     p.alu_reg("mov", 6, 1)
     _only_ours(p, place, broadcast=False)
@@ -305,7 +332,7 @@ def extended_channel_filter(place: Place, maps: FlowMaps, places: Map, channel_i
     p.exit(_ACCEPT)
     p.label("not IPv4")
     _load_probe(p, place)
-    p.store_imm(4, p.fp, _AT_INDEX, channel_id)
+    p.store_imm(4, p.fp, _AT_INDEX, member)
     p.load_map(1, places)
     p.alu_reg("mov", 2, p.fp)
     p.alu("add", 2, _AT_INDEX)
@@ -350,6 +377,7 @@ def extended_server_filter(place: Place, maps: FlowMaps) -> ExtendedProgram:
 # ---- classic ----
 
 _M_PORT, _M_RADDR, _M_RPORT = 0, 1, 2  # scratch: protocol << 16 | local port, remote address, remote port
+_M_SHIFT = 3  # 16 for a large packet, 0 for a small one: by how much a pair of indices is shifted
 
 
 def classic_reject() -> bytes:
@@ -409,12 +437,32 @@ def classic_server_filter(place: Place) -> bytes:
     return p.assemble()
 
 
-def classic_selector(place: Place, flows: Mapping[Flow, int]) -> bytes:
-    """Fanout: ``flows`` maps each flow to its fanout index; binary search on protocol and local port.
+def classic_by_size(small_bytes: int) -> bytes:
+    """Fanout of two members: the first for packets of up to ``small_bytes``, from the network header on."""
+    p = ClassicProgram()
+    p.load_length()
+    p.jump_if("gt", small_bytes, no="small")
+    p.ret(1)
+    p.label("small")
+    p.ret(0)
+    return p.assemble()
 
-    Raises OSError(ENOSPC) when the flows do not fit into 4096 instructions (some 500 flows).
+
+def classic_selector(place: Place, flows: Mapping[Flow, Indices], server: Indices, small_bytes: int) -> bytes:
+    """Fanout: ``flows`` maps each flow to its fanout indices; binary search on protocol and local port.
+
+    Raises OSError(ENOSPC) when the flows do not fit into 4096 instructions (some 400 flows).
     """
     p = ClassicProgram()
+    p.load_length()
+    p.jump_if("gt", small_bytes, yes="large", no="small")
+    p.label("large")
+    p.load_value(16)
+    p.jump("shift")
+    p.label("small")
+    p.load_value(0)
+    p.label("shift")
+    p.store_scratch(_M_SHIFT)
     p.load(4, AD_IFINDEX)
     p.jump_if("eq", place.loopback_ifindex, yes="device")
     p.jump_if("eq", place.ifindex, yes="device")
@@ -446,7 +494,8 @@ def classic_selector(place: Place, flows: Mapping[Flow, int]) -> bytes:
     p.load_at_x(2, SKF_NET_OFF + 2)
     p.jump("search")
     p.label("unknown")
-    p.ret(SERVER_INDEX)
+    p.scratch_to_x(_M_SHIFT)
+    _choose(p, server)
 
     p.label("icmp")
     p.load_at_x(1, SKF_NET_OFF)
@@ -481,32 +530,44 @@ def classic_selector(place: Place, flows: Mapping[Flow, int]) -> bytes:
     # The kernel's checker believes that what follows a return is reached from it, with these cells unset.
     for cell in (_M_PORT, _M_RADDR, _M_RPORT):
         p.store_scratch(cell)
-    p.ret(SERVER_INDEX)
+    p.scratch_to_x(_M_SHIFT)
+    _choose(p, server)
 
     p.label("search")
     p.scratch_to_x(_M_PORT)
     p.alu_x("or")
-    ports: dict[int, list[tuple[Flow, int]]] = {}
-    for flow, index in flows.items():
-        ports.setdefault(flow.proto << 16 | flow.lport, []).append((flow, index))
-    _search(p, sorted(ports.items(), key=lambda item: item[0]))
+    p.scratch_to_x(_M_SHIFT)
+    ports: dict[int, list[tuple[Flow, Indices]]] = {}
+    for flow, indices in flows.items():
+        ports.setdefault(flow.proto << 16 | flow.lport, []).append((flow, indices))
+    _search(p, sorted(ports.items(), key=lambda item: item[0]), server)
+    p.label("chosen")
+    p.alu_x("rsh")
+    p.alu("and", 0xFFFF)
+    p.ret_a()
     return p.assemble()
 
 
-_Port = tuple[int, list[tuple[Flow, int]]]
+def _choose(p: ClassicProgram, indices: Indices) -> None:
+    """Return one of the two, by the shift in X."""
+    p.load_value(indices.large << 16 | indices.small)
+    p.jump("chosen")
+
+
+_Port = tuple[int, list[tuple[Flow, Indices]]]
 
 
 def _is_near(flows: int, groups: int) -> bool:
     """Whether the code for so many flows in so many groups can be jumped over by a conditional jump."""
-    return 8 * flows + 4 * groups < 250
+    return 9 * flows + 7 * groups < 250
 
 
-def _search(p: ClassicProgram, ports: list[_Port]) -> None:
-    """A holds protocol << 16 | local port: branch to one port's flows."""
+def _search(p: ClassicProgram, ports: list[_Port], server: Indices) -> None:
+    """A holds protocol << 16 | local port, X the shift: branch to one port's flows."""
     if not ports:
-        p.ret(SERVER_INDEX)
+        _choose(p, server)
     elif len(ports) == 1:
-        _port_flows(p, *ports[0])
+        _port_flows(p, *ports[0], server)
     else:
         middle = len(ports) // 2
         port, lower = ports[middle][0], ports[:middle]
@@ -516,25 +577,25 @@ def _search(p: ClassicProgram, ports: list[_Port]) -> None:
             p.jump_if("ge", port, no=f"below {port}")
             p.jump(f"from {port}")
             p.label(f"below {port}")
-        _search(p, lower)
+        _search(p, lower, server)
         p.label(f"from {port}")
-        _search(p, ports[middle:])
+        _search(p, ports[middle:], server)
 
 
-def _port_flows(p: ClassicProgram, port: int, flows: list[tuple[Flow, int]]) -> None:
-    """Return the index of the flow with the packet's remote; else of the one for any remote."""
-    hosts: dict[int, list[tuple[int, int]]] = {}
-    anyone = SERVER_INDEX
-    for flow, index in flows:
+def _port_flows(p: ClassicProgram, port: int, flows: list[tuple[Flow, Indices]], server: Indices) -> None:
+    """Choose the flow with the packet's remote; else the one for any remote."""
+    hosts: dict[int, list[tuple[int, Indices]]] = {}
+    anyone = server
+    for flow, indices in flows:
         if flow.raddr is None:
-            anyone = index
+            anyone = indices
         else:
-            hosts.setdefault(int(flow.raddr), []).append((flow.rport, index))
-    if anyone == SERVER_INDEX and _is_near(len(flows), len(hosts)):
+            hosts.setdefault(int(flow.raddr), []).append((flow.rport, indices))
+    if anyone == server and _is_near(len(flows), len(hosts)):
         p.jump_if("eq", port, no=f"not {port}")
     else:
         p.jump_if("eq", port, yes=f"is {port}")
-        p.ret(SERVER_INDEX)
+        _choose(p, server)
         p.label(f"is {port}")
     if hosts:
         p.load_scratch(_M_RADDR)
@@ -547,12 +608,12 @@ def _port_flows(p: ClassicProgram, port: int, flows: list[tuple[Flow, int]]) -> 
             p.jump(elsewhere)
             p.label(f"{port} at {host}")
         p.load_scratch(_M_RPORT)
-        for rport, index in sorted(remotes):
+        for rport, indices in sorted(remotes):
             p.jump_if("eq", rport, no=f"{port} not {host} {rport}")
-            p.ret(index)
+            _choose(p, indices)
             p.label(f"{port} not {host} {rport}")
         if len(hosts) > 1:
-            p.ret(anyone)
+            _choose(p, anyone)
         p.label(elsewhere)
     p.label(f"not {port}")
-    p.ret(anyone)
+    _choose(p, anyone)

@@ -19,6 +19,8 @@ cdef enum:
     UL_FRAME_GSO_TCP4 = 4       # a TCP/IPv4 super-segment of gso_size payload bytes a piece
     UL_FRAME_GSO_UDP = 8        # a train of UDP datagrams of gso_size bytes (UDP_SEGMENT)
     UL_FRAME_UFO = 16           # tx: one UDP datagram that the link cuts into IP fragments
+    UL_FRAME_IN_RING = 32       # rx: it lies where its writer will write again (stack/lines.h)
+    UL_FRAME_NO_TOKEN = 64      # rx: it is in a ring slot, although `slot` does not say which
     # ul_link.features
     UL_LINK_CSUM = 1            # completes UL_FRAME_CSUM_PARTIAL on tx
     UL_LINK_TSO = 2             # takes UL_FRAME_GSO_TCP4 on tx
@@ -58,7 +60,10 @@ ctypedef struct ul_link:
     int (*deferred_ns)(void *ctx, int64_t now_ns, int64_t *due_ns) noexcept nogil  # NULL, or: when recv() will next
                                                                    # have a frame by itself (simulated delay); 0 if never
     int fd                      # becomes readable when frames arrive; -1 if there is none
-    uint32_t slots              # ring slots, 0 when frames are not scarce
+    int large_fd                # the same, for frames that have a ring of their own because they are large
+    uint32_t slots              # ring slots of frames with a token, 0 when they are not scarce
+    uint32_t small_slots        # ring slots of frames of at most small_bytes, which never have a token; 0: no such ring
+    uint32_t small_bytes
     uint32_t mtu_bytes          # largest IP packet
     uint32_t features
     uint8_t mac[6]

@@ -21,6 +21,7 @@ MAX_PIECES: int = 18  # struct ul_tx: most buffers in one frame
 
 cdef enum:
     PIECES_MAX = 18
+    FRAME_BITS = 31         # of the flags, those that say something of the frame itself
 
 
 class Frame(NamedTuple):
@@ -37,6 +38,9 @@ cdef class Link:
     Attributes: ``mtu`` (bytes), ``mac`` (6 bytes), ``features`` (UL_LINK_* bits).
     """
 
+    def __cinit__(self, *args, **kwargs):
+        self.ops.fd = self.ops.large_fd = -1
+
     @property
     def mtu(self) -> int:
         return self.ops.mtu_bytes
@@ -52,6 +56,10 @@ cdef class Link:
     def fileno(self) -> int:
         """Descriptor that polls readable when frames arrive; -1 when the link has none."""
         return self.ops.fd
+
+    def filenos(self) -> list[int]:
+        """All of them: large frames may have one of their own."""
+        return [fd for fd in (self.ops.fd, self.ops.large_fd) if fd >= 0]
 
     def counters(self) -> dict[str, int]:
         """Frames and bytes each way, and everything dropped, by reason."""
@@ -71,7 +79,7 @@ cdef class Link:
         if got <= 0:
             return None
         try:
-            return Frame((<const char *>rx.data)[:rx.len_bytes], rx.flags, rx.gso_size_bytes)
+            return Frame((<const char *>rx.data)[:rx.len_bytes], rx.flags & FRAME_BITS, rx.gso_size_bytes)
         finally:
             if rx.slot != UL_SLOT_NONE:
                 self.ops.release(self.ops.ctx, rx.slot)

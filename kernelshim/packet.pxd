@@ -14,20 +14,26 @@ cdef extern from "<linux/if_packet.h>" nogil:
 cdef enum:
     PK_ERRNO_MAX = 134              # EHWPOISON + 1: every errno Linux returns is below
 
-# Owner of the memory: this struct, from map to unmap. Ring slot i is seen at the same offset of each mapping.
-ctypedef struct pk_ctx:
+# A ring as mapped. Slot i lies at slots[i * slot_bytes].
+ctypedef struct pk_ring:
     int fd
     uint32_t slots
     size_t slot_bytes
-    uint8_t *ring                   # status words are read and written here
-    uint8_t *lend                   # frames are lent here; evacuate() swaps single slots of it
+    uint8_t *base                   # status words are read and written here
+    uint32_t head                   # slot that the kernel fills next, as far as we know
+    uint32_t pending                # slot served without a token; given back at the next recv
+
+# Owner of the memory: this struct, from map to unmap. Slot i of the large ring is seen at the same offset of each
+# mapping.
+ctypedef struct pk_ctx:
+    pk_ring small                   # its descriptor sends, too; without rings (ipc) it is the only one
+    pk_ring large
+    uint8_t *lend                   # large frames are lent here; evacuate() swaps single slots of it
     uint8_t *spare                  # whole mapping from which swapped slots of `lend` are restored
     uint8_t *spare_used             # slots: 1 where `spare` has a hole
     uint8_t *state                  # slots: PK_FREE, ...
     uint8_t *buf                    # ipc: the one frame buffer
     size_t buf_bytes
-    uint32_t head                   # slot that the kernel fills next, as far as we know
-    uint32_t pending                # slot served without a token; given back at the next recv
     uint32_t soft                   # held slot shown to the kernel as free while we are idle
     uint32_t barrier                # slot that keeps the kernel from reaching `soft`
     uint8_t forked                  # 1: a child's copy; of the mappings only evacuated frames are there

@@ -1,18 +1,21 @@
+from collections.abc import Sequence
+
 from ulnet.kernelshim.link import Link
 
 class PacketLink(Link):
     interface: str
     def __init__(
         self,
-        fd: int,
+        fds: Sequence[int],
         *,
         ifindex: int,
         loopback_ifindex: int,
         mac: bytes,
         mtu: int,
         interface: str = "ipf",
-        slots: int = 0,
-        slot_bytes: int = 0,
+        small: tuple[int, int] = (0, 0),
+        large: tuple[int, int] = (0, 0),
+        small_bytes: int = 0,
         features: int | None = None,
     ) -> None: ...
     @property

@@ -3,9 +3,14 @@
 Call order: the server makes and confines the socket (channel.py, demux.py), hands its descriptor over,
 ``PacketLink`` maps the ring. Read first: Documentation/networking/packet_mmap.rst, linux/virtio_net.h.
 
-The ring is mapped twice. Status words are used through one mapping, frames are lent through the other,
-so that a lent slot can be replaced by a private copy at the same address (``evacuate``) while the kernel
-goes on with the slot itself.
+There are two rings, for the kernel fills all slots of one in turn, whatever lies in them. Small frames may come
+in crowds: many slots, and what is in them is copied out at once. Large ones are worth lending, and each costs the
+sender a copy into memory that nobody's cache holds, unless the ring is short. Between the rings the time stamps tell
+which frame came first.
+
+The ring of large frames is mapped twice. Status words are used through one mapping, frames are lent through the
+other, so that a lent slot can be replaced by a private copy at the same address (``evacuate``) while the kernel goes
+on with the slot itself.
 """
 
 import errno as _errno
@@ -17,7 +22,8 @@ from libc.errno cimport EBADF, EINVAL, ENOMEM, EAGAIN, errno
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from ulnet.kernelshim.link cimport (
-    UL_FRAME_CSUM_OK, UL_FRAME_CSUM_PARTIAL, UL_FRAME_GSO_TCP4, UL_FRAME_GSO_UDP, UL_FRAME_UFO,
+    UL_FRAME_CSUM_OK, UL_FRAME_CSUM_PARTIAL, UL_FRAME_GSO_TCP4, UL_FRAME_GSO_UDP, UL_FRAME_IN_RING,
+    UL_FRAME_NO_TOKEN, UL_FRAME_UFO,
     UL_LINK_CSUM, UL_LINK_EVACUATE, UL_LINK_TSO, UL_LINK_UFO, UL_LINK_USO, UL_SLOT_NONE, iovec, ul_rx, ul_tx,
 )
 
@@ -68,6 +74,8 @@ cdef extern from "<linux/if_packet.h>" nogil:
         uint32_t tp_len
         uint32_t tp_snaplen
         uint16_t tp_mac
+        uint32_t tp_sec
+        uint32_t tp_nsec
     struct tpacket_stats:
         unsigned int tp_packets
         unsigned int tp_drops
@@ -123,27 +131,44 @@ cdef enum:
     FEATURES = UL_LINK_CSUM | UL_LINK_TSO | UL_LINK_USO | UL_LINK_UFO
 
 
-# ---- receive: ring ----
+# ---- receive: rings ----
 
-cdef inline tpacket2_hdr *slot_hdr(pk_ctx *c, uint32_t slot) noexcept nogil:
-    return <tpacket2_hdr *>(c.ring + slot * c.slot_bytes)
+cdef inline tpacket2_hdr *slot_hdr(pk_ring *r, uint32_t slot) noexcept nogil:
+    return <tpacket2_hdr *>(r.base + slot * r.slot_bytes)
+
+
+cdef inline bint is_full(pk_ring *r) noexcept nogil:
+    return pk_load(&slot_hdr(r, r.head).tp_status) & TP_STATUS_USER
+
+
+cdef inline void go_on(pk_ring *r) noexcept nogil:
+    r.head = r.head + 1 if r.head + 1 < r.slots else 0
+
+
+cdef inline bint is_sound(const pk_ring *r, const tpacket2_hdr *hdr) noexcept nogil:
+    return (hdr.tp_snaplen >= hdr.tp_len and hdr.tp_len >= ETH_BYTES and hdr.tp_mac >= VNET_BYTES
+            and hdr.tp_mac + <size_t>hdr.tp_snaplen <= r.slot_bytes)
+
+
+cdef inline bint is_older(const tpacket2_hdr *a, const tpacket2_hdr *b) noexcept nogil:
+    return a.tp_sec < b.tp_sec or (a.tp_sec == b.tp_sec and a.tp_nsec < b.tp_nsec)
 
 
 cdef inline void to_kernel(pk_ctx *c, uint32_t slot) noexcept nogil:
-    """Give a slot back, respecting what it does for the idle state below."""
+    """Give a slot of a large frame back, respecting what it does for the idle state below."""
     if slot == c.soft:
         clear_soft(c)                   # its status word says free already
     elif slot == c.barrier:
-        pk_store(&slot_hdr(c, slot).tp_status, PK_BARRIER)
+        pk_store(&slot_hdr(&c.large, slot).tp_status, PK_BARRIER)
         c.barrier_own = 1
     else:
         # Not the ordered store: that one waits until the line has come back from the processor that fills the ring.
-        pk_give(&slot_hdr(c, slot).tp_status, TP_STATUS_KERNEL)
+        pk_give(&slot_hdr(&c.large, slot).tp_status, TP_STATUS_KERNEL)
 
 
 cdef inline void clear_soft(pk_ctx *c) noexcept nogil:
     if c.barrier_own:
-        pk_swap(&slot_hdr(c, c.barrier).tp_status, PK_BARRIER, TP_STATUS_KERNEL)
+        pk_swap(&slot_hdr(&c.large, c.barrier).tp_status, PK_BARRIER, TP_STATUS_KERNEL)
     c.soft = UL_SLOT_NONE
     c.barrier = UL_SLOT_NONE
     c.barrier_own = 0
@@ -156,33 +181,33 @@ cdef void soften(pk_ctx *c) noexcept nogil:
     nothing new, the newest slot is shown as free although it is held, and the slot before it is made a
     barrier, so that the kernel cannot come round to it. The next frame undoes both.
     """
-    cdef uint32_t newest = (c.head if c.head else c.slots) - 1
-    cdef uint32_t before = (newest if newest else c.slots) - 1
-    cdef uint32_t after = c.head + 1 if c.head + 1 < c.slots else 0
+    cdef uint32_t newest = (c.large.head if c.large.head else c.large.slots) - 1
+    cdef uint32_t before = (newest if newest else c.large.slots) - 1
+    cdef uint32_t after = c.large.head + 1 if c.large.head + 1 < c.large.slots else 0
     if c.state[before] != PK_HELD:
-        if not pk_swap(&slot_hdr(c, before).tp_status, TP_STATUS_KERNEL, PK_BARRIER):
+        if not pk_swap(&slot_hdr(&c.large, before).tp_status, TP_STATUS_KERNEL, PK_BARRIER):
             return                      # the kernel has come round: there are frames to read
         c.barrier_own = 1
     # Only after the barrier stands: had the kernel passed it before, it would have filled these two.
     # (Two, because one processor may be copying into the first while others go on.)
-    if (c.state[c.head] != PK_HELD and pk_load(&slot_hdr(c, c.head).tp_status) != TP_STATUS_KERNEL) or (
-            c.state[after] != PK_HELD and pk_load(&slot_hdr(c, after).tp_status) != TP_STATUS_KERNEL):
+    if (c.state[c.large.head] != PK_HELD and pk_load(&slot_hdr(&c.large, c.large.head).tp_status) != TP_STATUS_KERNEL) or (
+            c.state[after] != PK_HELD and pk_load(&slot_hdr(&c.large, after).tp_status) != TP_STATUS_KERNEL):
         if c.barrier_own:
-            pk_swap(&slot_hdr(c, before).tp_status, PK_BARRIER, TP_STATUS_KERNEL)
+            pk_swap(&slot_hdr(&c.large, before).tp_status, PK_BARRIER, TP_STATUS_KERNEL)
             c.barrier_own = 0
         return
     c.soft = newest
     c.barrier = before
-    pk_store(&slot_hdr(c, newest).tp_status, TP_STATUS_KERNEL)
+    pk_store(&slot_hdr(&c.large, newest).tp_status, TP_STATUS_KERNEL)
 
 
-cdef int map_ring(pk_ctx *c, uint8_t **where) noexcept nogil:
-    cdef void *at = mmap(NULL, c.slots * c.slot_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c.fd, 0)
+cdef int map_ring(pk_ctx *c, const pk_ring *r, uint8_t **where) noexcept nogil:
+    cdef void *at = mmap(NULL, r.slots * r.slot_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, r.fd, 0)
     c.syscalls += 1
     if at == MAP_FAILED:
         return -errno
     # A child's copy of the mapping would keep the socket open, and could disturb the ring.
-    madvise(at, c.slots * c.slot_bytes, MADV_DONTFORK)
+    madvise(at, r.slots * r.slot_bytes, MADV_DONTFORK)
     c.syscalls += 1
     where[0] = <uint8_t *>at
     return 0
@@ -191,19 +216,19 @@ cdef int map_ring(pk_ctx *c, uint8_t **where) noexcept nogil:
 cdef void drop_spare(pk_ctx *c) noexcept nogil:
     """Unmap what is left of `spare`. Never its holes: another thread's mapping may lie there by now."""
     cdef uint32_t first = 0, last
-    while c.spare != NULL and first < c.slots:
+    while c.spare != NULL and first < c.large.slots:
         if c.spare_used[first]:
             first += 1
             continue
         last = first
-        while last < c.slots and not c.spare_used[last]:
+        while last < c.large.slots and not c.spare_used[last]:
             last += 1
-        munmap(c.spare + first * c.slot_bytes, (last - first) * c.slot_bytes)
+        munmap(c.spare + first * c.large.slot_bytes, (last - first) * c.large.slot_bytes)
         c.syscalls += 1
         first = last
     c.spare = NULL
     if c.spare_used != NULL:
-        memset(c.spare_used, 0, c.slots)
+        memset(c.spare_used, 0, c.large.slots)
 
 
 cdef int restore(pk_ctx *c, uint32_t slot) noexcept nogil:
@@ -211,13 +236,13 @@ cdef int restore(pk_ctx *c, uint32_t slot) noexcept nogil:
     cdef int code
     if c.spare == NULL or c.spare_used[slot]:
         drop_spare(c)
-        code = map_ring(c, &c.spare)
+        code = map_ring(c, &c.large, &c.spare)
         if code < 0:
             c.spare = NULL
             return code
     c.syscalls += 1
-    if mremap(c.spare + slot * c.slot_bytes, c.slot_bytes, c.slot_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
-              c.lend + slot * c.slot_bytes) == MAP_FAILED:
+    if mremap(c.spare + slot * c.large.slot_bytes, c.large.slot_bytes, c.large.slot_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
+              c.lend + slot * c.large.slot_bytes) == MAP_FAILED:
         return -errno
     c.spare_used[slot] = 1
     c.state[slot] = PK_FREE
@@ -241,66 +266,107 @@ cdef inline void fill_rx(ul_rx *f, const virtio_net_hdr *vnet) noexcept nogil:
         f.gso_size_bytes = vnet.gso_size
 
 
+cdef inline void fill_from(pk_ctx *c, ul_rx *f, const tpacket2_hdr *hdr, const uint8_t *frame) noexcept nogil:
+    """What the slot says of a frame; `frame`: where the receiver is to find it."""
+    cdef uint32_t status = hdr.tp_status
+    fill_rx(f, <const virtio_net_hdr *>(<const uint8_t *>hdr + hdr.tp_mac - VNET_BYTES))
+    if status & TP_STATUS_CSUMNOTREADY:
+        f.flags = (f.flags | UL_FRAME_CSUM_PARTIAL) & ~UL_FRAME_CSUM_OK
+    elif status & TP_STATUS_CSUM_VALID and not f.flags & UL_FRAME_CSUM_PARTIAL:
+        f.flags |= UL_FRAME_CSUM_OK
+    f.flags |= UL_FRAME_IN_RING
+    f.data = frame
+    f.len_bytes = hdr.tp_snaplen
+    c.rx_frames += 1
+    c.rx_bytes += f.len_bytes
+
+
+cdef bint take_small(pk_ctx *c, ul_rx *f) noexcept nogil:
+    """The frame at the small ring's head. False: it is none."""
+    cdef pk_ring *r = &c.small
+    cdef tpacket2_hdr *hdr = slot_hdr(r, r.head)
+    r.pending = r.head
+    go_on(r)
+    if not is_sound(r, hdr):
+        c.rx_truncated += 1
+        give_back(c)
+        return False
+    fill_from(c, f, hdr, <uint8_t *>hdr + hdr.tp_mac)
+    f.slot = UL_SLOT_NONE
+    return True
+
+
+cdef bint take_large(pk_ctx *c, ul_rx *f) noexcept nogil:
+    cdef pk_ring *r = &c.large
+    cdef uint32_t slot = r.head
+    cdef tpacket2_hdr *hdr = slot_hdr(r, slot)
+    if c.soft != UL_SLOT_NONE:
+        pk_store(&slot_hdr(r, c.soft).tp_status, TP_STATUS_USER)
+        clear_soft(c)
+    go_on(r)
+    if not is_sound(r, hdr):
+        c.rx_truncated += 1
+        to_kernel(c, slot)
+        return False
+    if c.state[slot] == PK_STALE:
+        restore(c, slot)
+    if c.state[slot] == PK_FREE:
+        c.state[slot] = PK_HELD
+        fill_from(c, f, hdr, c.lend + slot * r.slot_bytes + hdr.tp_mac)
+        f.slot = slot
+    else:
+        # The address where this slot is lent still shows an earlier frame: no token for this one.
+        r.pending = slot
+        c.rx_copied += 1
+        fill_from(c, f, hdr, <uint8_t *>hdr + hdr.tp_mac)
+        f.flags |= UL_FRAME_NO_TOKEN
+        f.slot = UL_SLOT_NONE
+    return True
+
+
+cdef inline void give_back(pk_ctx *c) noexcept nogil:
+    if c.small.pending != UL_SLOT_NONE:
+        pk_give(&slot_hdr(&c.small, c.small.pending).tp_status, TP_STATUS_KERNEL)
+        c.small.pending = UL_SLOT_NONE
+    if c.large.pending != UL_SLOT_NONE:
+        to_kernel(c, c.large.pending)
+        c.large.pending = UL_SLOT_NONE
+
+
 cdef int ring_recv(void *ctx, ul_rx *f) noexcept nogil:
     cdef pk_ctx *c = <pk_ctx *>ctx
-    cdef tpacket2_hdr *hdr
-    cdef uint32_t slot, status
-    cdef size_t at
-    if c.fd < 0:
+    cdef bint small, large
+    cdef uint32_t newest
+    if c.small.fd < 0:
         return 0
-    if c.pending != UL_SLOT_NONE:
-        to_kernel(c, c.pending)
-        c.pending = UL_SLOT_NONE
+    give_back(c)
     while True:
-        slot = c.head
-        hdr = slot_hdr(c, slot)
+        small = is_full(&c.small)
         # A held slot still has its old status word: the ring has come round to it.
-        status = pk_load(&hdr.tp_status) if c.state[slot] != PK_HELD else 0
-        if not status & TP_STATUS_USER:
-            if c.soft == UL_SLOT_NONE and c.state[(slot if slot else c.slots) - 1] == PK_HELD:
+        large = c.state[c.large.head] != PK_HELD and is_full(&c.large)
+        if large and not small:
+            small = is_full(&c.small)       # it may have come before the large one, after the first look
+        if small and not (large and is_older(slot_hdr(&c.large, c.large.head), slot_hdr(&c.small, c.small.head))):
+            if take_small(c, f):
+                return 1
+        elif large:
+            if take_large(c, f):
+                return 1
+        else:
+            newest = (c.large.head if c.large.head else c.large.slots) - 1
+            if c.soft == UL_SLOT_NONE and c.state[newest] == PK_HELD:
                 soften(c)
             return 0
-        if c.soft != UL_SLOT_NONE:
-            pk_store(&slot_hdr(c, c.soft).tp_status, TP_STATUS_USER)
-            clear_soft(c)
-        c.head = slot + 1 if slot + 1 < c.slots else 0
-        at = slot * c.slot_bytes + hdr.tp_mac
-        if (hdr.tp_snaplen < hdr.tp_len or hdr.tp_len < ETH_BYTES or hdr.tp_mac < VNET_BYTES
-                or hdr.tp_mac + <size_t>hdr.tp_snaplen > c.slot_bytes):
-            c.rx_truncated += 1
-            to_kernel(c, slot)
-            continue
-        fill_rx(f, <const virtio_net_hdr *>(c.ring + at - VNET_BYTES))
-        if status & TP_STATUS_CSUMNOTREADY:
-            f.flags = (f.flags | UL_FRAME_CSUM_PARTIAL) & ~UL_FRAME_CSUM_OK
-        elif status & TP_STATUS_CSUM_VALID and not f.flags & UL_FRAME_CSUM_PARTIAL:
-            f.flags |= UL_FRAME_CSUM_OK
-        f.len_bytes = hdr.tp_snaplen
-        c.rx_frames += 1
-        c.rx_bytes += f.len_bytes
-        if c.state[slot] == PK_STALE:
-            restore(c, slot)
-        if c.state[slot] == PK_FREE:
-            c.state[slot] = PK_HELD
-            f.data = c.lend + at
-            f.slot = slot
-        else:
-            # The address where this slot is lent still shows an earlier frame: no token for this one.
-            c.pending = slot
-            c.rx_copied += 1
-            f.data = c.ring + at
-            f.slot = UL_SLOT_NONE
-        return 1
 
 
 cdef void ring_release(void *ctx, uint32_t slot) noexcept nogil:
     cdef pk_ctx *c = <pk_ctx *>ctx
-    if c.fd < 0 or slot == UL_SLOT_NONE:
+    if c.large.fd < 0 or slot == UL_SLOT_NONE:
         return
-    if slot < c.slots and c.state[slot] == PK_HELD:
+    if slot < c.large.slots and c.state[slot] == PK_HELD:
         c.state[slot] = PK_FREE
         to_kernel(c, slot)
-    elif slot < c.slots and c.state[slot] == PK_EVACUATED:
+    elif slot < c.large.slots and c.state[slot] == PK_EVACUATED:
         c.state[slot] = PK_STALE
     else:
         c.bad_release += 1
@@ -312,20 +378,20 @@ cdef int ring_evacuate(void *ctx, uint32_t slot) noexcept nogil:
     cdef size_t first
     cdef void *copy
     cdef int code
-    if c.fd < 0 or slot >= c.slots or c.state[slot] != PK_HELD:
+    if c.large.fd < 0 or slot >= c.large.slots or c.state[slot] != PK_HELD:
         return -EINVAL
-    hdr = slot_hdr(c, slot)
-    copy = mmap(NULL, c.slot_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    hdr = slot_hdr(&c.large, slot)
+    copy = mmap(NULL, c.large.slot_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     c.syscalls += 2
     if copy == MAP_FAILED:
         return -ENOMEM
     first = hdr.tp_mac
     memcpy(<uint8_t *>copy + first, <uint8_t *>hdr + first, hdr.tp_snaplen)
     # One call swaps the pages: whoever reads the frame meanwhile waits for it, and then reads the copy.
-    if mremap(copy, c.slot_bytes, c.slot_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
-              c.lend + slot * c.slot_bytes) == MAP_FAILED:
+    if mremap(copy, c.large.slot_bytes, c.large.slot_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
+              c.lend + slot * c.large.slot_bytes) == MAP_FAILED:
         code = -errno
-        munmap(copy, c.slot_bytes)
+        munmap(copy, c.large.slot_bytes)
         return code
     c.state[slot] = PK_EVACUATED
     c.evacuated += 1
@@ -341,7 +407,7 @@ cdef int ipc_recv(void *ctx, ul_rx *f) noexcept nogil:
     cdef iovec iov[2]
     cdef msghdr message
     cdef ssize_t got
-    if c.fd < 0:
+    if c.small.fd < 0:
         return 0
     memset(&message, 0, sizeof(message))
     iov[0].iov_base = &vnet
@@ -352,7 +418,7 @@ cdef int ipc_recv(void *ctx, ul_rx *f) noexcept nogil:
     message.msg_iovlen = 2
     while True:
         c.syscalls += 1
-        got = recvmsg(c.fd, &message, MSG_DONTWAIT | MSG_TRUNC)
+        got = recvmsg(c.small.fd, &message, MSG_DONTWAIT | MSG_TRUNC)
         if got < 0:
             if errno != EAGAIN:
                 c.rx_errors += 1
@@ -388,7 +454,7 @@ cdef int pk_send(void *ctx, const ul_tx *t) noexcept nogil:
     cdef size_t at
     cdef ssize_t sent
     cdef int i, code
-    if c.fd < 0:
+    if c.small.fd < 0:
         return -EBADF
     if t.iov_count < 1 or t.iov_count > PIECES_MAX or t.iov[0].iov_len < ETH_BYTES:
         c.tx_errno[EINVAL] += 1
@@ -419,7 +485,7 @@ cdef int pk_send(void *ctx, const ul_tx *t) noexcept nogil:
                 return -EINVAL              # len_bytes is not the sum of the pieces
             memcpy(joined + at, t.iov[i].iov_base, t.iov[i].iov_len)
             at += t.iov[i].iov_len
-        sent = sendto(c.fd, joined, at, MSG_DONTWAIT | MSG_NOSIGNAL, <const sockaddr *>to, sizeof(sockaddr_ll))
+        sent = sendto(c.small.fd, joined, at, MSG_DONTWAIT | MSG_NOSIGNAL, <const sockaddr *>to, sizeof(sockaddr_ll))
     else:
         iov[0].iov_base = &vnet
         iov[0].iov_len = VNET_BYTES
@@ -431,7 +497,7 @@ cdef int pk_send(void *ctx, const ul_tx *t) noexcept nogil:
         message.msg_control = NULL
         message.msg_controllen = 0
         message.msg_flags = 0
-        sent = sendmsg(c.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        sent = sendmsg(c.small.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
     if sent < 0:
         code = errno
         c.tx_errno[code if 0 < code < PK_ERRNO_MAX else 0] += 1
@@ -443,60 +509,89 @@ cdef int pk_send(void *ctx, const ul_tx *t) noexcept nogil:
 
 # ---- Python face ----
 
+cdef void count_drops(pk_ctx *c, int fd) noexcept nogil:
+    cdef tpacket_stats stats
+    cdef unsigned int length = sizeof(stats)
+    # Reading resets the kernel's counters.
+    if fd >= 0 and getsockopt(fd, SOL_PACKET, PACKET_STATISTICS, &stats, &length) == 0:
+        c.rx_drops += stats.tp_drops
+        c.syscalls += 1
+
+
+cdef void close_sockets(pk_ctx *c) noexcept nogil:
+    if c.small.fd >= 0:
+        c_close(c.small.fd)
+    if c.large.fd >= 0:
+        c_close(c.large.fd)
+    c.small.fd = c.large.fd = -1
+
+
 cdef class PacketLink(Link):
-    """A packet socket, made elsewhere, as a link. Takes the descriptor over, also when it raises.
+    """A channel's packet sockets, made elsewhere, as a link. Takes the descriptors over, also when it raises.
 
-    ``fd`` comes from ``Demux.open_channel`` or ``open_embedded``: SOCK_RAW, all devices, PACKET_VNET_HDR,
-    and for ``ipf`` and ``shm`` a TPACKET_V2 ring of ``slots`` slots of ``slot_bytes`` bytes.
-    ``interface``: ``ipf`` (ring, polled), ``shm`` (ring, the engine sleeps between frames), ``ipc`` (one
-    receive call a packet). ``features`` masks the LINK_* bits on offer.
+    ``fds`` come from ``Demux.open_channel`` or ``open_embedded``: SOCK_RAW, all devices, PACKET_VNET_HDR. For
+    ``ipf`` and ``shm`` they are two, of small frames and of large ones, each with a TPACKET_V2 ring; ``small`` and
+    ``large`` are the rings' slots and bytes a slot, ``small_bytes`` the largest frame that comes to the first.
+    ``interface``: ``ipf`` (rings, polled), ``shm`` (rings, the engine sleeps between frames), ``ipc`` (one
+    descriptor, one receive call a packet). ``features`` masks the LINK_* bits on offer.
 
-    Raises ValueError for an impossible argument, OSError when the ring cannot be mapped.
+    Raises ValueError for an impossible argument, OSError when a ring cannot be mapped.
     """
 
     def __cinit__(self, *args, **kwargs):
-        self.c.fd = -1
-        self.ops.fd = -1
+        self.c.small.fd = self.c.large.fd = -1
 
-    def __init__(self, int fd, *, int ifindex, int loopback_ifindex, bytes mac, int mtu, str interface="ipf",
-                 unsigned int slots=0, size_t slot_bytes=0, features=None):
+    def __init__(self, fds, *, int ifindex, int loopback_ifindex, bytes mac, int mtu, str interface="ipf",
+                 small=(0, 0), large=(0, 0), unsigned int small_bytes=0, features=None):
         cdef pk_ctx *c = &self.c
         cdef int code
-        if c.fd >= 0:
+        if c.small.fd >= 0:
             raise ValueError("this link is open already: make a new one")
         memset(c, 0, sizeof(pk_ctx))
-        c.fd = fd
-        c.pending = c.soft = c.barrier = UL_SLOT_NONE
+        c.small.fd = c.large.fd = -1
+        c.small.pending = c.large.pending = c.soft = c.barrier = UL_SLOT_NONE
         try:
             if interface not in ("ipf", "shm", "ipc"):
                 raise ValueError(f"packet interface {interface!r}: it must be one of 'ipf', 'shm', 'ipc'")
+            wanted = 1 if interface == "ipc" else 2
+            if len(fds) != wanted:
+                raise ValueError(f"interface {interface!r} needs {wanted} descriptors, not {len(fds)}")
             if len(mac) != 6:
                 raise ValueError(f"a MAC address has 6 bytes, not {len(mac)}")
+            if interface == "ipc" and (small[0] or large[0]):
+                raise ValueError("interface 'ipc' uses no ring: the channel must be opened for 'ipc'")
+            c.small.fd = fds[0]
             if interface == "ipc":
-                if slots:
-                    raise ValueError("interface 'ipc' uses no ring: the channel must be opened for 'ipc'")
                 c.buf_bytes = IPC_BUFFER_BYTES
                 c.buf = <uint8_t *>calloc(1, c.buf_bytes)
                 if c.buf == NULL:
                     raise MemoryError()
             else:
-                if slots < 4 or slot_bytes == 0 or slot_bytes % os.sysconf("SC_PAGESIZE"):
-                    raise ValueError(f"interface {interface!r} needs a ring of at least 4 slots of whole pages, "
-                                     f"not {slots} of {slot_bytes} bytes")
-                c.slots = slots
-                c.slot_bytes = slot_bytes
-                c.state = <uint8_t *>calloc(slots, 1)
-                c.spare_used = <uint8_t *>calloc(slots, 1)
+                c.large.fd = fds[1]
+                page = os.sysconf("SC_PAGESIZE")
+                for slots, slot_bytes, unit in ((*small, 64), (*large, page)):
+                    if slots < 4 or slot_bytes == 0 or slot_bytes % unit or slots * slot_bytes % page:
+                        raise ValueError(f"interface {interface!r} needs rings of at least 4 slots, large ones of "
+                                         f"whole pages, not {slots} of {slot_bytes} bytes")
+                c.small.slots, c.small.slot_bytes = small
+                c.large.slots, c.large.slot_bytes = large
+                c.state = <uint8_t *>calloc(c.large.slots, 1)
+                c.spare_used = <uint8_t *>calloc(c.large.slots, 1)
                 if c.state == NULL or c.spare_used == NULL:
                     raise MemoryError()
-                code = map_ring(c, &c.ring)
+                code = map_ring(c, &c.small, &c.small.base)
                 if code == 0:
-                    code = map_ring(c, &c.lend)
+                    code = map_ring(c, &c.large, &c.large.base)
+                if code == 0:
+                    code = map_ring(c, &c.large, &c.lend)
                 if code < 0:
-                    raise OSError(-code, f"cannot map a packet ring of {slots} slots of {slot_bytes} bytes: "
-                                         f"{os.strerror(-code)}")
+                    raise OSError(-code, f"cannot map packet rings of {small[0]} slots of {small[1]} bytes and "
+                                         f"{large[0]} of {large[1]}: {os.strerror(-code)}")
         except BaseException:
-            self.close()
+            for fd in fds:
+                if fd != c.small.fd and fd != c.large.fd:
+                    c_close(fd)
+            self._shut()
             raise
         c.to_device.sll_family = c.to_loopback.sll_family = AF_PACKET
         c.to_device.sll_halen = c.to_loopback.sll_halen = 6
@@ -518,8 +613,11 @@ cdef class PacketLink(Link):
         if features is not None:
             self.ops.features &= <uint32_t>features
         self.ops.deferred_ns = NULL
-        self.ops.fd = fd
-        self.ops.slots = c.slots
+        self.ops.fd = c.small.fd
+        self.ops.large_fd = c.large.fd
+        self.ops.slots = c.large.slots
+        self.ops.small_slots = c.small.slots
+        self.ops.small_bytes = small_bytes
         self.ops.mtu_bytes = mtu
         memcpy(self.ops.mac, <const char *>mac, 6)
 
@@ -528,16 +626,17 @@ cdef class PacketLink(Link):
 
     @property
     def slots(self) -> int:
-        """Ring slots; 0 for ``ipc``."""
-        return self.c.slots
+        """Slots of the ring of large frames; 0 for ``ipc``."""
+        return self.c.large.slots
 
     def hold_frame(self):
-        """The next frame as (slot, memoryview onto the ring), or None. ``release`` it.
+        """The next frame as (slot, memoryview onto the ring), or None. ``release`` it; a small one has no slot, and
+        is there until the next is asked for.
 
         For tests and tools. The view must not be used after the release or after ``close``.
         """
         cdef ul_rx rx
-        if self.c.ring == NULL:
+        if self.c.large.base == NULL:
             raise ValueError("interface 'ipc' lends no frames")
         if not ring_recv(&self.c, &rx):
             return None
@@ -549,7 +648,7 @@ cdef class PacketLink(Link):
 
     def evacuate(self, uint32_t slot) -> None:
         """Give the slot to the kernel, keep its frame readable at the same address. Raises OSError."""
-        cdef int code = ring_evacuate(&self.c, slot) if self.c.ring != NULL else -EINVAL
+        cdef int code = ring_evacuate(&self.c, slot) if self.c.large.base != NULL else -EINVAL
         if code < 0:
             raise OSError(-code, f"cannot evacuate slot {slot}: {os.strerror(-code)}")
 
@@ -559,13 +658,9 @@ cdef class PacketLink(Link):
         ``rx_drops``: no free slot; ``rx_copied``: frames without a token, because a copy of an earlier one
         is still held; ``tx_E...``: sends refused with that errno (ENOBUFS: by the guard or a full queue).
         """
-        cdef tpacket_stats stats
-        cdef unsigned int length = sizeof(stats)
         cdef pk_ctx *c = &self.c
-        # Reading resets the kernel's counters.
-        if c.fd >= 0 and getsockopt(c.fd, SOL_PACKET, PACKET_STATISTICS, &stats, &length) == 0:
-            c.rx_drops += stats.tp_drops
-            c.syscalls += 1
+        count_drops(c, c.small.fd)
+        count_drops(c, c.large.fd)
         counted = {
             "rx_frames": c.rx_frames, "rx_bytes": c.rx_bytes, "rx_drops": c.rx_drops,
             "rx_truncated": c.rx_truncated, "rx_copied": c.rx_copied, "rx_errors": c.rx_errors,
@@ -580,40 +675,38 @@ cdef class PacketLink(Link):
         return counted
 
     def close_fd(self) -> None:
-        """In a forked child: let go of the socket. The ring was not copied; frames evacuated before stay readable."""
+        """In a forked child: let go of the sockets. The rings were not copied; frames evacuated before stay readable."""
         cdef pk_ctx *c = &self.c
-        if c.fd >= 0:
-            c_close(c.fd)
-        c.fd = -1
-        self.ops.fd = -1
+        close_sockets(c)
+        self.ops.fd = self.ops.large_fd = -1
         c.forked = 1
-        c.ring = c.spare = NULL
+        c.small.base = c.large.base = c.spare = NULL
 
     cdef void _shut(self) noexcept:
         cdef pk_ctx *c = &self.c
         cdef uint32_t slot
         if c.forked and c.lend != NULL:
             # Elsewhere in its range other mappings may lie by now.
-            for slot in range(c.slots):
+            for slot in range(c.large.slots):
                 if c.state[slot] == PK_EVACUATED or c.state[slot] == PK_STALE:
-                    munmap(c.lend + slot * c.slot_bytes, c.slot_bytes)
+                    munmap(c.lend + slot * c.large.slot_bytes, c.large.slot_bytes)
             c.lend = NULL
         drop_spare(c)
         if c.lend != NULL:
-            munmap(c.lend, c.slots * c.slot_bytes)
-        if c.ring != NULL:
-            munmap(c.ring, c.slots * c.slot_bytes)
-        c.ring = c.lend = NULL
+            munmap(c.lend, c.large.slots * c.large.slot_bytes)
+        if c.large.base != NULL:
+            munmap(c.large.base, c.large.slots * c.large.slot_bytes)
+        if c.small.base != NULL:
+            munmap(c.small.base, c.small.slots * c.small.slot_bytes)
+        c.small.base = c.large.base = c.lend = NULL
         free(c.state)
         free(c.spare_used)
         free(c.buf)
         c.state = c.spare_used = c.buf = NULL
-        if c.fd >= 0:
-            c_close(c.fd)
-        c.fd = -1
-        self.ops.fd = -1
+        close_sockets(c)
+        self.ops.fd = self.ops.large_fd = -1
 
     def close(self) -> None:
-        """Unmap the ring and close the descriptor. Frames still held become invalid."""
+        """Unmap the rings and close the descriptors. Frames still held become invalid."""
         self.counters()
         self._shut()

@@ -204,7 +204,7 @@ class Calls:
         try:
             stats = StatPage.create()
         except BaseException:
-            os.close(channel.fd)
+            channel.close()
             self.channels.close_channel(channel)
             raise
         self._serial += 1
@@ -220,7 +220,7 @@ class Calls:
             self._end(app)
             raise
         finally:
-            os.close(channel.fd)  # the application's alone from here on
+            channel.close()  # the application's alone from here on
         self.counters["attached"] += 1
         log.info("%s attached: uid %d, channel %d", app, sender.uid, attached.channel)
 

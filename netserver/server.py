@@ -109,8 +109,8 @@ class NetServer:
         undo.callback(os.close, self._wake_w)
         self._poll = select.poll()
         table = self.calls.table
-        descriptors = (self.hub, self.link, self.watch, table.relays, table.heirs)
-        for fd in (*(part.fileno() for part in descriptors), self._wake_r):
+        descriptors = (self.hub, self.watch, table.relays, table.heirs)
+        for fd in (*self.link.filenos(), *(part.fileno() for part in descriptors), self._wake_r):
             self._poll.register(fd, select.POLLIN)
         self.calls.start(self._counters)
         self.engine.announce()
@@ -137,16 +137,19 @@ class NetServer:
             error=0,
             serial=app.serial,
             channel=channel.channel_id,
-            ifindex=channel.ifindex,
-            loopback_ifindex=channel.loopback_ifindex,
-            mtu=channel.mtu,
-            mac=channel.mac,
+            ifindex=channel.device.ifindex,
+            loopback_ifindex=channel.device.loopback_ifindex,
+            mtu=channel.device.mtu,
+            mac=channel.device.mac,
             prefix=self.address.prefix,
             address=self.address.address,
-            slots=channel.slots,
-            slot_bytes=channel.slot_bytes,
+            small_slots=channel.rings.small.slots,
+            small_slot_bytes=channel.rings.small.slot_bytes,
+            small_bytes=channel.rings.small_bytes,
+            large_slots=channel.rings.large.slots,
+            large_slot_bytes=channel.rings.large.slot_bytes,
         )
-        return reply, [channel.fd, self.meta.fd, app.stats.fd]
+        return reply, [*channel.fds, self.meta.fd, app.stats.fd]
 
     # -- the loop ------------------------------------------------------------------------------
 

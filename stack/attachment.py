@@ -75,23 +75,27 @@ class Attachment(Host):
         message = self._rpc(p.Call.ATTACH, request, rights=[PortRight(self._port, MsgType.MAKE_SEND)])
         attached = self._answer(message, p.Attached)
         fds = message.take_fds()
-        if len(fds) != 3:
+        wanted = 3 if self.interface == "ipc" else 4
+        if len(fds) != wanted:
             for fd in fds:
                 os.close(fd)
-            raise OSError(errno.EPROTO, f"the network server at {self.path} sent {len(fds)} descriptors instead of 3")
-        channel_fd, meta_fd, stat_fd = fds
+            raise OSError(
+                errno.EPROTO, f"the network server at {self.path} sent {len(fds)} descriptors instead of {wanted}"
+            )
+        *channel_fds, meta_fd, stat_fd = fds
         self._serial = attached.serial
         self.address = attached.address
         self.prefix = attached.prefix
         self.link = PacketLink(
-            channel_fd,
+            channel_fds,
             ifindex=attached.ifindex,
             loopback_ifindex=attached.loopback_ifindex,
             mac=attached.mac,
             mtu=attached.mtu,
             interface=self.interface,
-            slots=attached.slots,
-            slot_bytes=attached.slot_bytes,
+            small=(attached.small_slots, attached.small_slot_bytes),
+            large=(attached.large_slots, attached.large_slot_bytes),
+            small_bytes=attached.small_bytes,
         )
         try:
             meta, stats = Metastate.open(meta_fd), StatPage.open(stat_fd, writable=True)

@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from ulnet.kernelshim.fastpaths cimport fast_from_bytes
-from ulnet.kernelshim.link cimport UL_FRAME_GSO_UDP, UL_LINK_EVACUATE, UL_SLOT_NONE, iovec, ul_link, ul_rx
+from ulnet.kernelshim.link cimport UL_FRAME_GSO_UDP, UL_FRAME_IN_RING, UL_LINK_EVACUATE, UL_SLOT_NONE, iovec, ul_link, ul_rx
 
 cdef extern from "ulnet/stack/lines.h" nogil:
     void take_lines "ul_take_lines" (const uint8_t *p, size_t n)
@@ -236,7 +236,7 @@ cdef void bufpool_evacuate(bufpool *p) noexcept nogil:
 # ---- received segments ----
 
 cdef inline void copy_in(bufpool *p, uint8_t *to, const uint8_t *data, uint32_t n, const ul_rx *frame) noexcept nogil:
-    if frame != NULL and frame.slot != UL_SLOT_NONE:
+    if frame != NULL and frame.flags & UL_FRAME_IN_RING:
         copy_taking(to, data, n)
     else:
         memcpy(to, data, n)

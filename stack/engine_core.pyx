@@ -13,7 +13,7 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close
 
 from ulnet.kernelshim.fastpaths cimport fast_features, fast_spin_ns
-from ulnet.kernelshim.link cimport UL_LINK_TSO, UL_SLOT_NONE, ul_link, ul_rx
+from ulnet.kernelshim.link cimport UL_FRAME_NO_TOKEN, UL_LINK_TSO, UL_SLOT_NONE, ul_link, ul_rx
 from ulnet.stack.buf cimport bufpool_destroy, bufpool_init, bufpool_relieve
 from ulnet.stack.engine_input cimport engine_frame, orphans_expire
 from ulnet.stack.engine_output cimport emit_arp, emit_reassembly_timeouts, emit_tcp
@@ -44,7 +44,7 @@ cdef enum:
     DRAIN_FRAMES = 256             # more than a ring holds
     ENDS_MANY = 256
     NUMBER_MAX = 0x7FFFFFFF        # protocol.SERVER_NUMBER - 1
-    GLANCE_CALLS = 16              # of 135 slots, what a peer fills meanwhile is a small part
+    GLANCE_CALLS = 8               # of the slots, what a peer fills meanwhile is a small part
 
 
 cdef extern from *:
@@ -625,7 +625,7 @@ cdef int engine_drain(engine *e, int budget) noexcept nogil:
         e.n.bytes_in += frame.len_bytes
         if frame.slot != UL_SLOT_NONE:
             e.bufs.last_slot = frame.slot
-        elif e.bufs.last_slot < e.link.slots:
+        elif frame.flags & UL_FRAME_NO_TOKEN and e.bufs.last_slot < e.link.slots:
             # It came in a slot whose address is still lent from an earlier turn: the ring has moved on all the same,
             # towards slots that must be cleared before the kernel stops at them.
             e.bufs.last_slot = (e.bufs.last_slot + 1) % e.link.slots

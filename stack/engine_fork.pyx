@@ -74,7 +74,7 @@ cdef void fork_child(engine *e) noexcept nogil:
     e.waiters = NULL
     e.attention = 0
     e.watched = 0
-    no_link.fd = -1
+    no_link.fd = no_link.large_fd = -1
     no_link.send = no_send
     no_link.recv = no_recv
     no_link.release = no_release

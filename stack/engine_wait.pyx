@@ -216,7 +216,7 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns, wait_side *side
     Helper and callers have a wake-up descriptor each: a helper sent to nap may still be on its way out
     while the caller that took over goes to sleep, and must not swallow that caller's wake-up.
     """
-    cdef pollfd fds[3]
+    cdef pollfd fds[4]
     cdef timespec ts
     cdef timespec *timeout = NULL
     cdef int64_t left
@@ -231,6 +231,9 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns, wait_side *side
     fds[2].fd = ulnet_read(&side.fd) if side != NULL else -1
     fds[2].events = POLLIN
     fds[2].revents = 0
+    fds[3].fd = e.link.large_fd
+    fds[3].events = POLLIN
+    fds[3].revents = 0
     if until_ns != INT64_MAX:
         left = until_ns - e.now_ns         # read a moment ago, by the poll that found nothing
         if left < 0:
@@ -241,7 +244,7 @@ cdef int sleep_in_poll(engine *e, int wake_fd, int64_t until_ns, wait_side *side
     e.sleep_until_ns = until_ns
     e.n.polls += 1
     pthread_mutex_unlock(&e.lock)
-    rc = ppoll(fds, 3, timeout, NULL)
+    rc = ppoll(fds, 4, timeout, NULL)
     stamp(STAMP_WOKEN)
     rc = -EINTR if rc < 0 and errno == EINTR else WAIT_SIDE if fds[2].revents else 0
     if fds[0].revents:

@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 SERVICE: Final = "ulnet.netserver"  # the bootstrap name the server checks in
-VERSION: Final = 3
+VERSION: Final = 4
 DEFAULT_PATH: Final = "/run/ulnet/netserver.sock"
 PATH_VARIABLE: Final = "ULNET_SERVER"
 REPLY_OFFSET: Final = 100  # MIG: a reply's id is the request's plus 100
@@ -321,7 +321,7 @@ class Status(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Attached(Record):
-    """Descriptors: channel, metastate page, status page."""
+    """Descriptors: the channel's (two, or one for ``ipc``), metastate page, status page."""
 
     error: U32
     serial: U32
@@ -332,8 +332,11 @@ class Attached(Record):
     mac: Mac
     prefix: U8
     address: Address
-    slots: U32
-    slot_bytes: U32
+    small_slots: U32
+    small_slot_bytes: U32
+    small_bytes: U32
+    large_slots: U32
+    large_slot_bytes: U32
 
 
 @dataclasses.dataclass(frozen=True)

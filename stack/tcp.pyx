@@ -60,7 +60,7 @@ cdef inline uint32_t clamp(uint32_t v, uint32_t low, uint32_t high) noexcept nog
 cdef inline void bound_by_ring(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
     """Until frames show how large they come, expect the smallest: a window once announced cannot be taken back."""
     if env.bufs.link != NULL:
-        pcb.rcv_limit_bytes = tcp_ring_limit(env.bufs.link.slots, pcb.our_mss)
+        pcb.rcv_limit_bytes = tcp_ring_limit(env.bufs.link, pcb.our_mss, pcb.rtt.least_ns)
 
 
 cdef tcp_pcb *tcp_new(tcp_env *env, const tcp_config *cfg, void *owner) noexcept nogil:

@@ -6,11 +6,15 @@
 # Sequence space: snd holds bytes from snd_una on (once the SYN is acknowledged); a FIN takes the number
 # after its last byte and exists from the moment state is FIN_WAIT_1, CLOSING or LAST_ACK.
 
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from ulnet.kernelshim.link cimport ul_link
 from ulnet.stack.buf cimport rxqueue, txqueue
 from ulnet.stack.tcp_congestion cimport tcp_cc
 from ulnet.stack.tcp_recovery cimport tcp_rec
 from ulnet.stack.tcp_rtt cimport tcp_rtt
+
+cdef enum:
+    HEADERS_MAX_BYTES = 14 + 60 + 60    # Ethernet, IPv4, TCP
 
 cdef enum:
     # RFC 9293 3.3.2, in its order (CLOSED, "no state at all", first)
@@ -158,9 +162,15 @@ cdef inline uint32_t tcp_ts_now(const tcp_pcb *pcb, int64_t now_ns) noexcept nog
 cdef inline void tcp_want_ack(tcp_pcb *pcb) noexcept nogil:
     pcb.flags |= TF_ACK_NOW | TF_OUTPUT
 
-cdef inline uint32_t tcp_ring_limit(uint32_t slots, uint32_t frame_bytes) noexcept nogil:
-    # the window that three quarters of a ring's slots can take
-    return slots // 4 * 3 * frame_bytes
+cdef inline uint32_t tcp_ring_limit(const ul_link *link, uint32_t payload_bytes, int64_t rtt_ns) noexcept nogil:
+    # The window that three quarters of a ring's slots can take in frames of that size, if all of it may come while the
+    # reader is away for 1 ms; 0: no limit. On a longer way, only a part of the window comes in that time.
+    cdef uint32_t slots = link.slots
+    cdef uint64_t limit
+    if link.small_slots and payload_bytes + HEADERS_MAX_BYTES <= link.small_bytes:
+        slots = link.small_slots
+    limit = <uint64_t>(slots // 4 * 3) * payload_bytes * <uint64_t>(1 + rtt_ns // 1000000)
+    return <uint32_t>limit if limit < UINT32_MAX else UINT32_MAX
 
 cdef inline uint32_t tcp_rcv_room(const tcp_pcb *pcb) noexcept nogil:
     # the receive buffer, or what the ring's slots can take of it

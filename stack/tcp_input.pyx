@@ -8,6 +8,7 @@ the end of the burst.
 
 from libc.errno cimport ECONNREFUSED, ECONNRESET, EPIPE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from ulnet.kernelshim.link cimport ul_link
 from ulnet.stack.buf cimport rxq_append, txq_drop
 from ulnet.stack.seqnum cimport seq_ge, seq_gt, seq_le, seq_lt
 from ulnet.stack.tcp cimport TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, tcp_env, tcp_seg
@@ -296,14 +297,14 @@ cdef void enter_time_wait(tcp_env *env, tcp_pcb *pcb) noexcept nogil:
 
 # ---- data and FIN ----
 
-cdef void frame_limit(tcp_pcb *pcb, uint32_t n, uint32_t slots) noexcept nogil:
-    """Bound the window by ring slots. A frame takes a whole slot, be it a super-segment or a single segment; a window
-    of single segments that fills the receive buffer would overrun the ring whenever its reader is late."""
+cdef void frame_limit(tcp_pcb *pcb, uint32_t n, const ul_link *link) noexcept nogil:
+    """Bound the window by ring slots. A frame takes a whole slot, however much of it it fills: a window of short frames
+    that fills the receive buffer would overrun the ring whenever its reader is late."""
     if n > pcb.rcv_frame_bytes:
         pcb.rcv_frame_bytes = n
     else:
         pcb.rcv_frame_bytes -= (pcb.rcv_frame_bytes - n) >> 5
-    pcb.rcv_limit_bytes = tcp_ring_limit(slots, max(pcb.rcv_frame_bytes, <uint32_t>pcb.our_mss))
+    pcb.rcv_limit_bytes = tcp_ring_limit(link, max(pcb.rcv_frame_bytes, <uint32_t>pcb.our_mss), pcb.rtt.least_ns)
 
 
 cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data, uint32_t n, uint32_t seq) noexcept nogil:
@@ -326,7 +327,7 @@ cdef bint on_data(tcp_env *env, tcp_pcb *pcb, tcp_seg *seg, const uint8_t *data,
     if size > pcb.rcv_mss:
         pcb.rcv_mss = <uint16_t>(size if size < pcb.our_mss else pcb.our_mss)
     if seg.frame != NULL and env.bufs.link != NULL and env.bufs.link.slots:
-        frame_limit(pcb, n, env.bufs.link.slots)
+        frame_limit(pcb, n, env.bufs.link)
     if seq != pcb.rcv_nxt:
         env.counters.out_of_order_in += 1
         if ooo_insert(env.bufs, &pcb.ooo, data, n, seq, seg.frame, 2 * <uint64_t>pcb.rcvbuf_bytes + 65536, &held) < 0:

@@ -19,6 +19,7 @@ cdef enum:
 
 ctypedef struct tcp_rtt:
     int64_t srtt_ns                  # 0: no sample yet
+    int64_t least_ns                 # shortest sample; 0: none yet
     int64_t rttvar_ns
     int64_t rto_ns                   # before backoff
     int64_t timed_ns                 # when the timed segment left

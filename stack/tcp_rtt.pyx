@@ -7,6 +7,7 @@ from libc.stdint cimport int64_t
 
 cdef void tcp_rtt_init(tcp_rtt *r) noexcept nogil:
     r.srtt_ns = 0
+    r.least_ns = 0
     r.rttvar_ns = 0
     r.rto_ns = TCP_RTO_INITIAL_NS
     r.timed_ns = 0
@@ -21,6 +22,8 @@ cdef void tcp_rtt_sample(tcp_rtt *r, int64_t sample_ns) noexcept nogil:
         sample_ns = 1                # virtual time may stand still; 0 means "no sample"
     if sample_ns > TCP_RTO_MAX_NS:
         sample_ns = TCP_RTO_MAX_NS
+    if r.least_ns == 0 or sample_ns < r.least_ns:
+        r.least_ns = sample_ns
     if r.srtt_ns == 0:
         r.srtt_ns = sample_ns                                      # (2.2)
         r.rttvar_ns = sample_ns // 2

@@ -69,6 +69,12 @@ class Channel:
         return [ports_of(frame)[1] for frame in drain(self.link, want)]
 
 
+def send_both(near: socket.socket, port: int) -> None:
+    """A small packet and a large one, which go to different sockets of a channel."""
+    near.sendto(b"x", (str(OURS), port))
+    near.sendto(bytes(3000), (str(OURS), port))
+
+
 def raw_sender(wire: Wire) -> socket.socket:
     """A packet socket on the peer's side, to send any frame."""
     with wire.peer.inside():
@@ -277,13 +283,13 @@ def test_the_filters_hold_by_themselves(wire: Wire) -> None:
     maps = filters.FlowMaps(flows, bpf.Array(filters.PORT_BYTES, filters.PORTS))
     for port, owner in ((5001, 1), (5002, 2), (5003, filters.SERVER_CHANNEL)):
         maps.ports.update(filters.port_key(UDP, port), filters.port_entry(owner, False))
-    programs = [filters.extended_channel_filter(place, maps, places, channel) for channel in (1, 2)]
+    programs = [filters.extended_channel_filter(place, maps, places, channel, 2 * channel) for channel in (1, 2)]
     programs.append(filters.extended_server_filter(place, maps))
     links = []
     for program in programs:
         sock = packet_socket(functools.partial(attach_extended, program=program))
         links.append(
-            PacketLink(sock.detach(), ifindex=wire.ve0, loopback_ifindex=1, mac=wire.mac, mtu=1500, interface="ipc")
+            PacketLink([sock.detach()], ifindex=wire.ve0, loopback_ifindex=1, mac=wire.mac, mtu=1500, interface="ipc")
         )
     with wire.peer.udp() as near:
         for port in (5001, 5002, 5003, 5004):
@@ -304,6 +310,19 @@ def test_fragments_arrive_as_one_datagram(wire: Wire, demux: Demux, interface: s
     assert payload(frame) == data
 
 
+def test_large_and_small_packets_of_a_flow_keep_their_order(wire: Wire, demux: Demux, server: PacketLink) -> None:
+    one, two = Channel(demux), Channel(demux, "ipc")  # a channel without rings has one socket for both
+    for port, channel in ((5001, one), (5002, two)):
+        demux.add_flow(UDP, OURS, port, None, 0, channel.id)
+    sizes = [(4, 3000, 8, 12, 5000)[at % 5] for at in range(SLOTS)]
+    with wire.peer.udp() as near:
+        for port, link in ((5001, one.link), (5002, two.link), (5003, server)):
+            for size in sizes:
+                near.sendto(bytes(size), (str(OURS), port))
+            assert [len(payload(f)) for f in drain(link, SLOTS)] == sizes
+    assert not any(drain(link) for link in (one.link, two.link, server))
+
+
 def test_closing_the_middle_channel_keeps_routing_right(wire: Wire, demux: Demux, server: PacketLink) -> None:
     channels = {port: Channel(demux) for port in range(5001, 5006)}
     for port, channel in channels.items():
@@ -314,14 +333,15 @@ def test_closing_the_middle_channel_keeps_routing_right(wire: Wire, demux: Demux
             gone.link.close()
             assert demux.close_channel(gone.id)
             for port in range(5001, 5006):
-                near.sendto(b"x", (str(OURS), port))
+                send_both(near, port)
             for port, channel in channels.items():
-                assert channel.ports(1) == [port]
-            assert len(drain(server, 5 - len(channels))) == 5 - len(channels)
+                assert channel.ports(2) == [port] * 2
+            lost = 2 * (5 - len(channels))
+            assert len(drain(server, lost)) == lost
         late = Channel(demux)
         demux.add_flow(UDP, OURS, 5001, None, 0, late.id)
-        near.sendto(b"x", (str(OURS), 5001))
-        assert late.ports(1) == [5001]
+        send_both(near, 5001)
+        assert late.ports(2) == [5001] * 2
     assert not any(drain(c.link) for c in channels.values())
 
 
@@ -334,18 +354,18 @@ def test_a_kept_descriptor_gets_nothing_after_the_close(wire: Wire, demux: Demux
     assert Channel(demux).id != keeps.id  # the descriptor still carries its mark
     with wire.peer.udp() as near:
         for port in (5001, 5002, 5003):
-            near.sendto(b"x", (str(OURS), port))
-        assert stays.ports(1) == [5001]
-        assert last.ports(1) == [5003]
-        assert [ports_of(f)[1] for f in drain(server, 1)] == [5002]
+            send_both(near, port)
+        assert stays.ports(2) == [5001] * 2
+        assert last.ports(2) == [5003] * 2
+        assert [ports_of(f)[1] for f in drain(server, 2)] == [5002] * 2
         assert not drain(keeps.link)
         keeps.link.close()
         assert demux.sweep() == 0
         assert keeps.id not in demux.channels()
         for port in (5001, 5003):
-            near.sendto(b"x", (str(OURS), port))
-        assert stays.ports(1) == [5001]
-        assert last.ports(1) == [5003]
+            send_both(near, port)
+        assert stays.ports(2) == [5001] * 2
+        assert last.ports(2) == [5003] * 2
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -366,8 +386,8 @@ def test_descriptors_that_vanish_unseen_leave_routing_right(
     assert demux.sweep() == 0
     with wire.peer.udp() as near:
         for at, channel in enumerate(channels[2:], 2):
-            near.sendto(b"x", (str(OURS), 5001 + at))
-            assert channel.ports(1) == [5001 + at]
+            send_both(near, 5001 + at)
+            assert channel.ports(2) == [5001 + at] * 2
     assert not drain(server)
 
 
@@ -381,8 +401,8 @@ def test_a_link_flap_changes_nothing(wire: Wire, demux: Demux) -> None:
         drain(channel.link)
     with wire.peer.udp() as near:
         for port in channels:
-            near.sendto(b"x", (str(OURS), port))
-    assert {port: channel.ports(1) for port, channel in channels.items()} == {p: [p] for p in channels}
+            send_both(near, port)
+    assert {port: channel.ports(2) for port, channel in channels.items()} == {p: [p] * 2 for p in channels}
 
 
 def test_many_flows_and_channels(wire: Wire, demux: Demux, server: PacketLink) -> None:
@@ -472,11 +492,12 @@ def test_mistakes_get_one_clear_line(wire: Wire, demux: Demux) -> None:
 
 def test_too_many_flows_without_ebpf_are_refused_and_harmless(wire: Wire) -> None:
     place = filters.Place(2, 1, OURS)
-    flows = {filters.Flow(TCP, OURS, 1000 + n, PEER, 80): 2 for n in range(450)}
-    assert filters.classic_selector(place, flows)
-    flows |= {filters.Flow(TCP, OURS, 9000 + n, PEER, 80): 2 for n in range(450)}
+    server = filters.Indices(1, 2)
+    flows = {filters.Flow(TCP, OURS, 1000 + n, PEER, 80): filters.Indices(3, 4) for n in range(400)}
+    assert filters.classic_selector(place, flows, server, 1900)
+    flows |= {filters.Flow(TCP, OURS, 9000 + n, PEER, 80): filters.Indices(3, 4) for n in range(450)}
     with pytest.raises(OSError, match="4096"):
-        filters.classic_selector(place, flows)
+        filters.classic_selector(place, flows, server, 1900)
 
 
 def test_nothing_is_left_open(wire: Wire, demux: Demux) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from channel_hosts import OURS, PEER, Wire, drain, ethernet, ipv4, payload, ports_of, pseudo, total, udp, wire_or_skip
 
-from ulnet.kernelshim.channel import open_embedded, ring_for
+from ulnet.kernelshim.channel import open_embedded, ring_for, rings_for
 from ulnet.kernelshim.link import (
     FRAME_CSUM_PARTIAL,
     FRAME_GSO_TCP4,
@@ -23,6 +23,8 @@ from ulnet.kernelshim.link import (
 from ulnet.kernelshim.packet import PacketLink
 
 SLOTS = 8
+SMALL_SLOTS = 16
+LARGE = 2500  # bytes of a datagram that does not fit a slot for small frames
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def wire() -> Iterator[Wire]:
 
 @pytest.fixture
 def link(wire: Wire) -> Iterator[PacketLink]:
-    made = open_embedded("ve0", OURS, slots=SLOTS)
+    made = open_embedded("ve0", OURS, slots=SLOTS, small_slots=SMALL_SLOTS)
     yield made
     made.close()
 
@@ -61,7 +63,7 @@ def number(view: memoryview) -> int:
     return int(struct.unpack_from("!I", view, 42)[0])
 
 
-def send_numbers(near: socket.socket, start: int, count: int, size: int = 1400) -> None:
+def send_numbers(near: socket.socket, start: int, count: int, size: int = LARGE) -> None:
     for value in range(start, start + count):
         near.sendto(struct.pack("!I", value) + os.urandom(8) * (size // 8), (str(OURS), 1))
 
@@ -69,10 +71,14 @@ def send_numbers(near: socket.socket, start: int, count: int, size: int = 1400) 
 # ---- the ring ----
 
 
-def test_a_default_ring_holds_whole_super_segments_in_whole_pages() -> None:
-    ring = ring_for()
+def test_default_rings_hold_what_comes_to_them() -> None:
+    small, ring, small_bytes = rings_for()
     page = os.sysconf("SC_PAGESIZE")
-    assert ring.slots >= 128
+    assert 1500 + 14 <= small_bytes < small.slot_bytes - 100
+    assert small.slots * small.slot_bytes % page == 0 and small.slots >= 256
+    jumbo = rings_for(mtu=9000)
+    assert 9000 + 14 <= jumbo.small_bytes < jumbo.small.slot_bytes - 100
+    assert ring.slots >= 30
     assert ring.slot_bytes >= 65549 + 100 and ring.slot_bytes % page == 0
     assert ring.slots % ring.slots_per_block == 0
     with pytest.raises(ValueError, match="at least 4"):
@@ -85,6 +91,38 @@ def test_the_ring_goes_round_without_loss(link: PacketLink, near: socket.socket)
         assert [number(memoryview(f.data)) for f in drain(link, 5)] == list(range(turn * 5, turn * 5 + 5))
     counted = link.counters()
     assert (counted["rx_frames"], counted["rx_drops"], counted["bad_release"]) == (50, 0, 0)
+
+
+def test_small_and_large_frames_come_in_the_order_they_were_sent(link: PacketLink, near: socket.socket) -> None:
+    for turn in range(40):
+        sizes = [(LARGE, 8)[value * value % 7 % 2] for value in range(turn, turn + SLOTS)]
+        for at, size in enumerate(sizes):
+            send_numbers(near, at, 1, size)
+        frames = drain(link, SLOTS)
+        assert [number(memoryview(f.data)) for f in frames] == list(range(SLOTS))
+        assert [len(payload(f)) for f in frames] == [4 + size // 8 * 8 for size in sizes]
+    assert link.counters()["rx_drops"] == 0
+
+
+def test_a_crowd_of_small_frames_takes_no_room_from_large_ones(link: PacketLink, near: socket.socket) -> None:
+    send_numbers(near, 0, SMALL_SLOTS + 5, 16)
+    send_numbers(near, 100, SLOTS)
+    got = [number(memoryview(f.data)) for f in drain(link, SMALL_SLOTS + SLOTS)]
+    assert got == [*range(SMALL_SLOTS), *range(100, 100 + SLOTS)]
+    assert link.counters()["rx_drops"] == 5
+
+
+def test_a_small_frame_has_no_slot_and_is_there_until_the_next_is_asked_for(
+    link: PacketLink, near: socket.socket
+) -> None:
+    send_numbers(near, 1, 1, 16)
+    frame = None
+    while frame is None:
+        frame = link.hold_frame()
+    assert frame[0] is None and number(frame[1]) == 1
+    assert readable(link)
+    assert link.hold_frame() is None
+    assert not readable(link)
 
 
 def test_slots_come_in_ring_order_and_go_back_in_any(link: PacketLink, near: socket.socket) -> None:
@@ -122,7 +160,8 @@ def test_a_second_release_is_counted_and_harmless(link: PacketLink, near: socket
 
 def readable(link: PacketLink) -> bool:
     poller = select.poll()
-    poller.register(link.fileno(), select.POLLIN)
+    for fd in link.filenos():
+        poller.register(fd, select.POLLIN)
     return bool(poller.poll(0))
 
 
@@ -410,30 +449,39 @@ def test_super_segments_both_ways_with_a_kernel_socket(wire: Wire, link: PacketL
 
 # ---- mistakes ----
 
+ARGUMENTS: dict[str, object] = {
+    "ifindex": 1,
+    "loopback_ifindex": 1,
+    "mac": bytes(6),
+    "mtu": 1500,
+    "small": (8, 2048),
+    "large": (8, 69632),
+}
+
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({"interface": "pigeon"}, "'pigeon'"),
         ({"mac": b"short"}, "6 bytes, not 5"),
-        ({"slots": 2}, "at least 4 slots"),
-        ({"slot_bytes": 5000}, "whole pages"),
-        ({"interface": "ipc"}, "uses no ring"),
+        ({"large": (2, 69632)}, "at least 4 slots"),
+        ({"small": (2, 2048)}, "at least 4 slots"),
+        ({"large": (8, 5000)}, "whole pages"),
+        ({"interface": "ipc"}, "1 descriptors, not 2"),
     ],
 )
 def test_impossible_arguments(change: dict[str, object], complaint: str) -> None:
-    arguments = {"ifindex": 1, "loopback_ifindex": 1, "mac": bytes(6), "mtu": 1500, "slots": 8, "slot_bytes": 69632}
-    fd = os.dup(0)
+    fds = [os.dup(0), os.dup(0)]
     with pytest.raises(ValueError, match=complaint):
-        PacketLink(fd, **(arguments | change))  # type: ignore[arg-type]
-    with pytest.raises(OSError):
-        os.fstat(fd)  # taken over, and closed
+        PacketLink(fds, **(ARGUMENTS | change))  # type: ignore[arg-type]
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)  # taken over, and closed
 
 
-def test_a_descriptor_without_a_ring() -> None:
-    fd = os.dup(0)
-    with pytest.raises(OSError, match="cannot map a packet ring of 8 slots"):
-        PacketLink(fd, ifindex=1, loopback_ifindex=1, mac=bytes(6), mtu=1500, slots=8, slot_bytes=69632)
+def test_descriptors_without_rings() -> None:
+    with pytest.raises(OSError, match="cannot map packet rings of 8 slots"):
+        PacketLink([os.dup(0), os.dup(0)], **ARGUMENTS)  # type: ignore[arg-type]
 
 
 def test_a_closed_link(wire: Wire) -> None:
@@ -452,7 +500,7 @@ def test_a_busy_ring_asks_the_kernel_nothing(link: PacketLink, near: socket.sock
     for turn in range(5):
         send_numbers(near, turn * 5, 5)
         assert [ports_of(f)[1] for f in drain(link, 5)] == [1] * 5
-    assert link.counters()["syscalls"] == before + 1  # that one call reads the kernel's drop count
+    assert link.counters()["syscalls"] == before + 2  # which read the kernel's drop counts
 
 
 # ---- fork ----
@@ -486,7 +534,7 @@ def test_a_childs_copy_keeps_evacuated_frames_and_nothing_else(wire: Wire, near:
         assert os.read(result_in, 1) == b"+"
         send_numbers(near, 0, 3)
         assert len(drain(link, 3)) == 3 and bytes(view) == content
-        assert packet_sockets() == before + 1
+        assert packet_sockets() == before + 2
         link.close()
         assert packet_sockets() == before  # the child does not keep it alive
     finally:

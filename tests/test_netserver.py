@@ -506,7 +506,7 @@ class TestHostileApplications:
         rights = [PortRight(port, MsgType.MAKE_SEND)]
         reply = task.rpc(server, p.Call.ATTACH, p.Attach(p.VERSION, 0).pack(), rights=rights, timeout=5)
         attached = p.Attached.unpack(bytes(reply.inline))
-        assert attached.error == 0 and len(reply.fds) == 3
+        assert attached.error == 0 and len(reply.fds) == 4
         reply.close()
         return task, server, attached.serial
 

@@ -8,7 +8,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.errno cimport EBUSY
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
-from ulnet.kernelshim.link cimport UL_FRAME_GSO_UDP, UL_LINK_EVACUATE, UL_SLOT_NONE, iovec, ul_link, ul_rx
+from ulnet.kernelshim.link cimport UL_FRAME_GSO_UDP, UL_FRAME_IN_RING, UL_LINK_EVACUATE, UL_SLOT_NONE, iovec, ul_link, ul_rx
 from ulnet.stack.buf cimport *
 
 
@@ -61,6 +61,7 @@ cdef class RingLab:
     cdef readonly list released
     cdef public bint can_evacuate
     cdef uint32_t at
+    cdef uint32_t skew               # frames begin anywhere within a cache line
 
     def __cinit__(self, slots: int = 16):
         memset(&self.link, 0, sizeof(self.link))
@@ -103,13 +104,15 @@ cdef class RingLab:
         self.at = slot + 1
         if self.link.slots:
             self.at %= self.link.slots
-        memory = bytearray(data)
+        cdef uint32_t skew = self.skew % 64
+        self.skew += 61
+        memory = bytearray(skew) + data
         self.busy[slot] = memory
         memset(&frame, 0, sizeof(frame))
-        frame.data = <const uint8_t *>PyByteArray_AS_STRING(memory)
+        frame.data = <const uint8_t *>PyByteArray_AS_STRING(memory) + skew
         frame.len_bytes = len(data)
         frame.slot = slot
-        frame.flags = UL_FRAME_GSO_UDP if train else 0
+        frame.flags = UL_FRAME_IN_RING | (UL_FRAME_GSO_UDP if train else 0)
         self.pool.last_slot = slot
         if rxq_append(&self.pool, &self.rx, frame.data, frame.len_bytes, seq, &frame, stream, &held) < 0:
             raise MemoryError("rxq_append")

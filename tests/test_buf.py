@@ -34,6 +34,25 @@ def test_big_payload_stays_in_its_slot_until_read() -> None:
     assert lab.released == [0]
 
 
+def test_bytes_of_every_length_come_as_they_were() -> None:
+    """Lines are taken over as they are read: also at the ends, and what is only looked at stays."""
+    r = random.Random(5)
+    lab = RingLab()
+    for n in [*range(1, 400), *(r.randrange(400, 20_000) for _ in range(100))]:
+        data = r.randbytes(n)
+        kept = lab.receive(data)
+        assert kept == (n >= 4096)
+        assert lab.read(n, peek=True) == data
+        if r.random() < 0.5:
+            part = r.randrange(n)
+            assert lab.read(part) + lab.read(n) == data
+        else:
+            segment = lab.take()
+            assert segment is not None and segment.data == data
+            segment.release()
+    assert lab.numbers["busy"] == lab.numbers["blocks"] == 0
+
+
 def test_at_most_half_of_the_ring_is_held() -> None:
     lab = RingLab(8)
     kept = [lab.receive(frame(i)) for i in range(7)]

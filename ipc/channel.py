@@ -16,7 +16,15 @@ _NOBLOCK = int(zmq.NOBLOCK)
 # After a hang-up a reply may still be on its way through libzmq's own thread.
 _GRACE_MS = 50
 
-Context = zmq.Context[zmq.Socket[bytes]]
+
+class Context(zmq.Context[zmq.Socket[bytes]]):
+    """A context that can be garbage. pyzmq's finalizer waits until the sockets are closed; when both are found in one
+    cycle the sockets may be closed later than that, which is never."""
+
+    def __del__(self) -> None:
+        pass
+
+
 Frames = tuple[bytes, list[Buffer]]
 
 

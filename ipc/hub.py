@@ -29,6 +29,7 @@ import zmq.utils.garbage  # noqa: F401  first, so that _close_all below runs bef
 
 from . import sidechannel, wire
 from .calls import Calls, Policy, default_policy
+from .channel import Context
 from .local import LocalTask
 from .message import Buffer, Message, Sender
 from .objects import Limits, Port, Space
@@ -132,7 +133,7 @@ class Hub:
 
     def _bind(self, mode: int) -> None:
         side_path = self.path + sidechannel.SUFFIX
-        self._context = zmq.Context(io_threads=1)
+        self._context = Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         # No moment in which the sockets are open to more users than they will be.

@@ -25,7 +25,7 @@ import zmq
 import zmq.utils.garbage  # noqa: F401  first, so that _close_all below runs before it ends at exit
 
 from . import sidechannel, wire
-from .channel import Channel, Frames, ServerGone, raise_status, status_of
+from .channel import Channel, Context, Frames, ServerGone, raise_status, status_of
 from .codes import (
     PORT_DEAD,
     PORT_NULL,
@@ -91,7 +91,7 @@ class Task(Names):
         self._side_lock = threading.Lock()
         self._side_fds: dict[int, list[int]] = {}
         self._tags = itertools.count(1)
-        self._context = zmq.Context(io_threads=1)
+        self._context = Context(io_threads=1)
         self._local = threading.local()
         self._pool: deque[Channel] = deque()
         self._channels: list[Channel] = []

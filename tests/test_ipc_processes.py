@@ -102,6 +102,23 @@ hear()
     os.close(read2)
 
 
+def test_a_task_dropped_in_a_cycle_is_collected_without_waiting(world):
+    """As by an exception that is kept: its traceback holds the task, and the task's frames hold it."""
+    program = world.spawn("""
+import gc
+def lose():
+    task = Task(PATH)
+    task.check_in("test.lost")
+    cycle = [task]
+    cycle.append(cycle)
+lose()
+gc.collect()
+say("collected")
+hear()
+""")
+    assert program.hear() == "collected"
+
+
 def test_a_message_posted_just_before_the_end_arrives(world):
     task = world.task()
     inbox = task.check_in("test.last")

@@ -354,7 +354,7 @@ class Demux:
         changed = [self._show(member, at, publish=False) for at, member in enumerate(self._order)]
         if any(changed) or gone:
             self._publish()
-        return len({member.key // 2 for member in leaving if member not in gone})
+        return len({member.key // 2 for member in set(leaving) - set(gone)})
 
     def _find_places(self) -> None:
         """Ask the channels themselves where they stand, with a probe to each place of the group.

@@ -21,12 +21,12 @@ from ipaddress import IPv4Address
 from typing import NamedTuple
 
 from ulnet.kernelshim import bpf, filters
-from ulnet.kernelshim.packet import PacketLink
+from ulnet.kernelshim.packet import SLOT_OVERHEAD_BYTES, PacketLink
 
 __all__ = [
     "DEFAULT_SLOTS",
-    "NO_RINGS",
     "ChannelGrant",
+    "FanoutGroup",
     "Ring",
     "Rings",
     "link_on",
@@ -34,17 +34,17 @@ __all__ = [
     "packet_socket",
     "ring_for",
     "rings_for",
+    "select_by",
 ]
 
-# Of large frames. The kernel fills a ring all around, so its size is what the caches must take: one of four times as
-# many slots costs bulk data 15 % of their speed, one of half as many overruns when a reader is late.
+# Of large frames. The kernel fills a ring all around, so its size is what the caches must take: with four times as many
+# slots bulk data are 13 % slower, with half as many they come from a kernel sender at half the speed.
 DEFAULT_SLOTS = 30
-# A round trip is 5 % slower with four times as many; a kernel socket's buffer holds about as many small datagrams.
+# With four times as many a round trip is some 8 % slower. A kernel socket's buffer holds about as many small datagrams.
 SMALL_SLOTS = 256
 _SMALL_MTU_MAX = 9216  # above it a frame is a large one; so is what offload has put together
 ETH_BYTES = 14
 _FRAME_MAX = 65535 + ETH_BYTES  # a whole IPv4 packet or super-segment behind its Ethernet header
-_SLOT_OVERHEAD = 128  # tpacket2_hdr, sockaddr_ll, virtio_net_hdr and their alignment: 92 used
 _BLOCK_PAGES_MAX = 256  # the kernel allocates a block in one piece of a power of two pages
 
 # linux/if_packet.h
@@ -80,14 +80,23 @@ NO_RING = Ring(0, 0, 0)
 
 
 class Rings(NamedTuple):
-    """The rings of a channel. ``small_bytes``: frames of up to so many bytes, Ethernet header included, are small."""
+    """The rings of a channel; without any, one socket has all its packets."""
 
     small: Ring
     large: Ring
-    small_bytes: int
+
+    @property
+    def by_socket(self) -> tuple[Ring, ...]:
+        """The ring of each socket of the channel: of small frames, of large ones."""
+        return tuple(self) if self.large.slots else (NO_RING,)
+
+    @property
+    def small_packet_bytes(self) -> int:
+        """Packets of up to so many bytes, from the network header on, are small."""
+        return self.small.slot_bytes - SLOT_OVERHEAD_BYTES - ETH_BYTES
 
 
-NO_RINGS = Rings(NO_RING, NO_RING, 0)
+NO_RINGS = Rings(NO_RING, NO_RING)
 
 
 def ring_for(slots: int = DEFAULT_SLOTS, frame_bytes: int = _FRAME_MAX) -> Ring:
@@ -99,7 +108,7 @@ def ring_for(slots: int = DEFAULT_SLOTS, frame_bytes: int = _FRAME_MAX) -> Ring:
     if slots < 4:
         raise ValueError(f"a ring of {slots} slots is too small: it needs at least 4")
     page = os.sysconf("SC_PAGESIZE")
-    need = frame_bytes + _SLOT_OVERHEAD
+    need = frame_bytes + SLOT_OVERHEAD_BYTES
     if need <= page // 2:
         size = 1 << (need - 1).bit_length()
         per_block = page // size
@@ -110,18 +119,17 @@ def ring_for(slots: int = DEFAULT_SLOTS, frame_bytes: int = _FRAME_MAX) -> Ring:
     return Ring(-(-slots // per_block) * per_block, size, per_block)
 
 
-def rings_for(slots: int = DEFAULT_SLOTS, mtu: int = 1500, small_slots: int = SMALL_SLOTS) -> Rings:
+def rings_for(interface: str, mtu: int, *, slots: int = DEFAULT_SLOTS, small_slots: int = SMALL_SLOTS) -> Rings:
     """``slots`` for large frames; ``small_slots`` for frames that were sent as such on a network with that MTU."""
-    frame_bytes = min(mtu, _SMALL_MTU_MAX) + ETH_BYTES
-    small = ring_for(small_slots, frame_bytes)
-    return Rings(small, ring_for(slots), small.slot_bytes - _SLOT_OVERHEAD)
+    if interface == "ipc":
+        return NO_RINGS
+    return Rings(ring_for(small_slots, min(mtu, _SMALL_MTU_MAX) + ETH_BYTES), ring_for(slots))
 
 
 class ChannelGrant(NamedTuple):
-    """What the server hands an application with the descriptors: all it needs to open the channel.
+    """What the server hands an application: all it needs to open the channel.
 
-    Every field but ``fds`` can be sent as data; the receiver replaces ``fds`` by the descriptors it got: of small
-    frames and of large ones, or a single one for ``ipc``.
+    Every field but ``fds``, the descriptors, can be sent as data.
     """
 
     channel_id: int
@@ -131,9 +139,9 @@ class ChannelGrant(NamedTuple):
     rings: Rings
     device: "Device"
 
-    def open(self, fds: Sequence[int] = (), interface: str | None = None) -> PacketLink:
-        """The channel as a link. Takes the descriptors over: the grant's own, or those given."""
-        return link_on(self.device, fds or self.fds, interface or self.interface, self.rings)
+    def open(self) -> PacketLink:
+        """The channel as a link. Takes the descriptors over."""
+        return link_on(self.device, self.fds, self.interface, self.rings)
 
     def close(self) -> None:
         """Let go of the descriptors."""
@@ -178,7 +186,6 @@ def link_on(where: Device, fds: Sequence[int], interface: str, rings: Rings) -> 
         interface=interface,
         small=rings.small[:2],
         large=rings.large[:2],
-        small_bytes=rings.small_bytes,
     )
 
 
@@ -261,10 +268,28 @@ def _bind_all_devices(sock: socket.socket) -> None:
         raise OSError(code, f"cannot bind a packet socket to all devices: {os.strerror(code)}")
 
 
-def fanout_arguments(group: int, kind: int, flags: int, members: int = 0) -> bytes:
-    """struct fanout_args; without ``members`` the older, shorter form (at most 256 members)."""
-    args = struct.pack("=HH", group, kind | flags)
-    return args + struct.pack("=I", members) if members else args
+class FanoutGroup:
+    """A PACKET_FANOUT group that reassembles IPv4 fragments, for at most ``members`` sockets."""
+
+    def __init__(self, kind: int, members: int) -> None:
+        self._kind = kind
+        self._members = members
+        self._id: int | None = None
+
+    def join(self, sock: socket.socket) -> None:
+        """Put a socket behind the last member. The first one makes the group."""
+        flags = FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG | (FANOUT_FLAG_UNIQUEID if self._id is None else 0)
+        arguments = struct.pack("=HHI", self._id or 0, self._kind | flags, self._members)
+        sock.setsockopt(SOL_PACKET, PACKET_FANOUT, arguments)
+        if self._id is None:
+            self._id = sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
+
+
+def select_by(sock: socket.socket, program: bytes) -> None:
+    """Set the classic program that chooses a member, through one whose filter is not locked."""
+    argument, memory = bpf.attachable(program)
+    sock.setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, argument)
+    del memory
 
 
 def open_embedded(
@@ -282,26 +307,16 @@ def open_embedded(
     where = device(interface)
     place = filters.Place(where.ifindex, where.loopback_ifindex, IPv4Address(address))
     program = filters.classic_server_filter(place)
-    rings = NO_RINGS if packet_interface == "ipc" else rings_for(slots, where.mtu, small_slots)
-    group: int | None = None
-
-    def join(sock: socket.socket) -> None:
-        """A fanout group for its reassembly of IPv4 fragments, and to tell small frames from large ones."""
-        nonlocal group
-        flags = FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG
-        if group is not None:
-            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(group, FANOUT_CBPF, flags))
-        else:
-            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(0, FANOUT_CBPF, flags | FANOUT_FLAG_UNIQUEID))
-            group = sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
-            argument, memory = bpf.attachable(filters.classic_by_size(rings.small_bytes - ETH_BYTES))
-            sock.setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, argument)
-            del memory
-
+    rings = rings_for(packet_interface, where.mtu, slots=slots, small_slots=small_slots)
+    group = FanoutGroup(FANOUT_CBPF, members=2)
     made: list[socket.socket] = []
     try:
-        for ring in (NO_RING,) if packet_interface == "ipc" else rings[:2]:
-            made.append(packet_socket(lambda sock: attach_classic(sock, program), ring=ring, join=join, lock=False))
+        for ring in rings.by_socket:
+            made.append(
+                packet_socket(lambda sock: attach_classic(sock, program), ring=ring, join=group.join, lock=False)
+            )
+        if len(made) > 1:
+            select_by(made[0], filters.classic_by_size(rings.small_packet_bytes))
     except BaseException:
         for sock in made:
             sock.close()

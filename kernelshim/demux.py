@@ -30,27 +30,20 @@ from typing import Self
 from ulnet.kernelshim import bpf, filters
 from ulnet.kernelshim.channel import (
     DEFAULT_SLOTS,
-    ETH_BYTES,
     FANOUT_CBPF,
     FANOUT_EBPF,
-    FANOUT_FLAG_DEFRAG,
-    FANOUT_FLAG_IGNORE_OUTGOING,
-    FANOUT_FLAG_UNIQUEID,
-    NO_RING,
-    NO_RINGS,
-    PACKET_FANOUT,
     PACKET_FANOUT_DATA,
     SOL_PACKET,
     ChannelGrant,
+    FanoutGroup,
     Ring,
-    Rings,
     attach_classic,
     attach_extended,
     device,
-    fanout_arguments,
     link_on,
     packet_socket,
     rings_for,
+    select_by,
 )
 from ulnet.kernelshim.filters import Flow, Indices, Place
 from ulnet.kernelshim.marks import CHANNEL_MASK, MARK_TAG, channel_mark
@@ -64,7 +57,6 @@ _MAX_FLOWS = 1 << 20
 _VNET_BYTES = 10  # struct virtio_net_hdr, before each frame that a PACKET_VNET_HDR socket sends
 _PROBE_SECONDS = 0.05  # probes are answered within the send call, or after a little when the processor is busy
 _SWEPT_AT_ONCE = 8
-_PROBED_ALWAYS = 64  # members up to which asking them all where they stand is not worth avoiding
 _PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
 
@@ -106,11 +98,6 @@ class _Channel:
             member.let_go()
 
 
-def _each_ring(rings: Rings) -> tuple[Ring, ...]:
-    """One ring a socket: a channel without rings has one socket for all its packets."""
-    return (rings.small, rings.large) if rings.large.slots else (NO_RING,)
-
-
 def _living_inodes() -> set[int]:
     """Inodes of the packet sockets in this thread's network namespace."""
     with open("/proc/thread-self/net/packet") as table:
@@ -150,12 +137,12 @@ class Demux:
         self._channels: dict[int, _Channel] = {}
         self._unsure = False  # somebody joined while a closed channel was still held
         self._next_id = 1
-        self._group: int | None = None
+        self._group = FanoutGroup(FANOUT_EBPF if self.ebpf else FANOUT_CBPF, 2 * max_channels + 3)
         self._sockets: list[socket.socket] = []
         self._server_interface = server_interface
-        self._server_rings = NO_RINGS if server_interface == "ipc" else rings_for(server_slots, self.device.mtu)
-        self._server_indices = Indices(1, 1 if server_interface == "ipc" else 2)
-        self._small_bytes = rings_for(mtu=self.device.mtu).small_bytes - ETH_BYTES  # from the network header on
+        self._server_rings = rings_for(server_interface, self.device.mtu, slots=server_slots)
+        self._server_indices = Indices(1, len(self._server_rings.by_socket))
+        self._small_bytes = rings_for("ipf", self.device.mtu).small_packet_bytes
         self._remotes: Counter[tuple[int, int]] = Counter()  # by protocol and local port: flows with a remote end
         self._maps: filters.FlowMaps | None = None
         self._indices_map: bpf.Map | None = None
@@ -163,10 +150,13 @@ class Demux:
         try:
             self._open_maps()
             # With DEFRAG every member reassembles; the reject socket stands first and never leaves.
-            self._reject = self._keep(packet_socket(self._reject_filter, join=self._join, lock=False))
+            self._reject = self._keep(packet_socket(self._reject_filter, join=self._group.join, lock=False))
+            if self.ebpf:
+                self._reject.setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, self._selector)
+                os.close(self._selector)
             self._servers = [
-                self._keep(packet_socket(self._server_filter, ring=ring, join=self._join, lock=False))
-                for ring in _each_ring(self._server_rings)
+                self._keep(packet_socket(self._server_filter, ring=ring, join=self._group.join, lock=False))
+                for ring in self._server_rings.by_socket
             ]
             self._publish()
         except BaseException:
@@ -204,20 +194,6 @@ class Demux:
         else:
             attach_extended(sock, filters.extended_server_filter(self.place, self._maps))
 
-    def _join(self, sock: socket.socket) -> None:
-        kind = FANOUT_EBPF if self.ebpf else FANOUT_CBPF
-        flags = FANOUT_FLAG_IGNORE_OUTGOING | FANOUT_FLAG_DEFRAG
-        members = 2 * self._max_channels + 3
-        if self._group is None:
-            flags |= FANOUT_FLAG_UNIQUEID
-            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(0, kind, flags, members))
-            self._group = sock.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
-            if self.ebpf:
-                sock.setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, self._selector)
-                os.close(self._selector)
-        else:
-            sock.setsockopt(SOL_PACKET, PACKET_FANOUT, fanout_arguments(self._group, kind, flags, members))
-
     # ---- channels ----
 
     def open_server_channel(self) -> PacketLink:
@@ -235,10 +211,10 @@ class Demux:
         self.sweep()
         leaving = self.leaving
         channel_id = self._free_id()
-        rings = NO_RINGS if interface == "ipc" else rings_for(slots, self.device.mtu)
+        rings = rings_for(interface, self.device.mtu, slots=slots)
         channel = self._channels[channel_id] = _Channel()
         try:
-            for ring in _each_ring(rings):
+            for ring in rings.by_socket:
                 self._add_member(channel, channel_id, ring)
         except BaseException:
             self._give_up(channel_id)
@@ -267,7 +243,7 @@ class Demux:
                 program = filters.extended_channel_filter(self.place, self._maps, self._place_map, channel_id, key)
                 attach_extended(sock, program)
 
-        sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id, self._tag), join=self._join)
+        sock = packet_socket(attach, ring=ring, mark=channel_mark(channel_id, self._tag), join=self._group.join)
         try:
             member = _Member(key, sock, ring)
         except BaseException:
@@ -301,18 +277,17 @@ class Demux:
         """
         channel = self._channel(channel_id)
         self._drop_flows(list(channel.flows))
-        order, closed = list(self._order), list(channel.members) if channel.is_open else []
-        for member in closed:
+        for member in list(channel.members):
+            if member.sock is None:
+                continue
             # The kernel moves the last member into the leaver's place. Say so first: a packet that comes
             # between finds a dying channel, whose filter drops it, and not the server, which would reset it.
-            at = order.index(member)
-            last = order.pop()
-            if last is not member:
-                order[at] = last
-                self._show(last, at)
+            self._show(self._order[-1], self._order.index(member))
             member.let_go()
-        if sum(member.sock is None for member in self._order) <= _SWEPT_AT_ONCE:
-            self._sweep(closed)  # it looks at every socket of the namespace: when a crowd leaves, once for all of them
+            # After each, so that it is known which left first. A look at every socket of the namespace: when a
+            # crowd leaves, once for all of them.
+            if sum(other.sock is None for other in self._order) <= _SWEPT_AT_ONCE:
+                self.sweep()
         return channel_id not in self._channels
 
     @property
@@ -322,20 +297,11 @@ class Demux:
 
     def sweep(self) -> int:
         """Take note of closed channels whose descriptors are gone by now; returns how many are still there."""
-        return self._sweep([])
-
-    def _sweep(self, closed: list[_Member]) -> int:
-        """``closed``: those that were let go just now, in that order."""
         leaving = [member for member in self._order if member.sock is None]
         if not leaving:
             return 0
         living = _living_inodes()
         gone = [member for member in leaving if member.inode not in living]
-        if set(gone) <= set(closed):
-            gone = [member for member in closed if member in gone]
-            known = len(self._order) > _PROBED_ALWAYS or len(gone) < 2
-        else:
-            known = len(gone) < 2
         for member in gone:
             at = self._order.index(member)
             last = self._order.pop()
@@ -345,9 +311,8 @@ class Demux:
             self._channels[channel_id].members.remove(member)
             if not self._channels[channel_id].members:
                 del self._channels[channel_id]
-        if gone and (self._unsure or not known):
+        if gone and (len(gone) > 1 or self._unsure):
             # Unseen, so nobody knows which left first, and whether before another joined: the places depend on it.
-            # Of two that the server closed itself it knows, unless the application was closing them at that moment.
             self._find_places()
         self._unsure = self._unsure and len(leaving) > len(gone)
         # Also when none is gone: close_channel() has announced a move that did not happen.
@@ -508,10 +473,7 @@ class Demux:
             return
         flows = {flow: self._indices_of(channel_id) for flow, channel_id in self._flows.items()}
         program = filters.classic_selector(self.place, flows, self._server_indices, self._small_bytes)
-        argument, memory = bpf.attachable(program)
-        # Through the reject socket: the kernel takes this only from a member whose filter is not locked.
-        self._sockets[0].setsockopt(SOL_PACKET, PACKET_FANOUT_DATA, argument)
-        del memory
+        select_by(self._reject, program)
 
     def _indices_of(self, channel_id: int) -> Indices:
         if channel_id == filters.SERVER_CHANNEL:

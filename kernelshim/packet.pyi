@@ -2,6 +2,8 @@ from collections.abc import Sequence
 
 from ulnet.kernelshim.link import Link
 
+SLOT_OVERHEAD_BYTES: int
+
 class PacketLink(Link):
     interface: str
     def __init__(
@@ -15,7 +17,6 @@ class PacketLink(Link):
         interface: str = "ipf",
         small: tuple[int, int] = (0, 0),
         large: tuple[int, int] = (0, 0),
-        small_bytes: int = 0,
         features: int | None = None,
     ) -> None: ...
     @property

@@ -145,7 +145,6 @@ class NetServer:
             address=self.address.address,
             small_slots=channel.rings.small.slots,
             small_slot_bytes=channel.rings.small.slot_bytes,
-            small_bytes=channel.rings.small_bytes,
             large_slots=channel.rings.large.slots,
             large_slot_bytes=channel.rings.large.slot_bytes,
         )

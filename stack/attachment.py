@@ -95,7 +95,6 @@ class Attachment(Host):
             interface=self.interface,
             small=(attached.small_slots, attached.small_slot_bytes),
             large=(attached.large_slots, attached.large_slot_bytes),
-            small_bytes=attached.small_bytes,
         )
         try:
             meta, stats = Metastate.open(meta_fd), StatPage.open(stat_fd, writable=True)

@@ -41,7 +41,7 @@ cdef enum:
     BURST_BYTES = 4 * 65160        # without offload its ACKs fill most of a ring
     LOOKS = 8
     ROUNDS_FULL_MAX = 4
-    DRAIN_FRAMES = 256             # more than a ring holds
+    DRAIN_FRAMES = 256             # about what the rings hold
     ENDS_MANY = 256
     NUMBER_MAX = 0x7FFFFFFF        # protocol.SERVER_NUMBER - 1
     GLANCE_CALLS = 8               # of the slots, what a peer fills meanwhile is a small part

@@ -334,7 +334,6 @@ class Attached(Record):
     address: Address
     small_slots: U32
     small_slot_bytes: U32
-    small_bytes: U32
     large_slots: U32
     large_slot_bytes: U32
 

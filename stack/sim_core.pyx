@@ -84,6 +84,8 @@ cdef class EndpointCore:
         self.link.release = endpoint_release
         self.link.evacuate = endpoint_evacuate
         self.link.slots = options.pop("slots", 0)
+        self.link.small_slots = options.pop("small_slots", 0)
+        self.link.small_bytes = options.pop("small_bytes", 1920)
         self.link.features = UL_LINK_EVACUATE
         bufpool_init(&self.bufs, &self.link)
         memset(&self.env, 0, sizeof(self.env))

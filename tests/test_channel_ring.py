@@ -72,12 +72,13 @@ def send_numbers(near: socket.socket, start: int, count: int, size: int = LARGE)
 
 
 def test_default_rings_hold_what_comes_to_them() -> None:
-    small, ring, small_bytes = rings_for()
+    rings = rings_for("ipf", 1500)
+    small, ring = rings
     page = os.sysconf("SC_PAGESIZE")
-    assert 1500 + 14 <= small_bytes < small.slot_bytes - 100
+    assert 1500 <= rings.small_packet_bytes < small.slot_bytes - 114
     assert small.slots * small.slot_bytes % page == 0 and small.slots >= 256
-    jumbo = rings_for(mtu=9000)
-    assert 9000 + 14 <= jumbo.small_bytes < jumbo.small.slot_bytes - 100
+    jumbo = rings_for("ipf", 9000)
+    assert 9000 <= jumbo.small_packet_bytes < jumbo.small.slot_bytes - 114
     assert ring.slots >= 30
     assert ring.slot_bytes >= 65549 + 100 and ring.slot_bytes % page == 0
     assert ring.slots % ring.slots_per_block == 0

@@ -68,6 +68,30 @@ def test_data_beyond_the_window_is_cut_and_answered() -> None:
     assert e.counters["out_of_window_in"] == 1
 
 
+@pytest.mark.parametrize(
+    ("rtt_ms", "rings", "size", "frames"),
+    [
+        (0, {"slots": 32}, 1460, 24),
+        (20, {"slots": 32}, 1460, 24 * 21),
+        (0, {"slots": 32, "small_slots": 256}, 1460, 192),
+        (0, {"slots": 32, "small_slots": 256}, 20_000, 24),
+    ],
+)
+def test_the_window_is_what_a_ring_takes_in_a_millisecond(
+    rtt_ms: int, rings: dict[str, int], size: int, frames: int
+) -> None:
+    """Three quarters of the slots for frames of that size; on a longer way only a part of the window comes at once."""
+    e = syn_sent(rcvbuf=1 << 24, **rings)
+    e.sim.advance(rtt_ms * MS)
+    e.inject("SA", seq=PEER, ack=ISS + 1, wnd=65535, mss=1460, wscale=7)
+    # A window once announced is not taken back: so many frames that only what they allow is left of it.
+    for at in range(0, 600 * size, size):
+        e.inject("PA", seq=PEER + 1 + at, payload=bytes(size))
+        e.read(size)
+    e.sim.advance(100 * MS)
+    assert (frames - 2) * size < e.numbers["rcv_wnd"] <= frames * size
+
+
 def test_segment_outside_the_window_is_dropped_and_answered() -> None:
     e = established()
     (ack,) = e.inject("A", seq=PEER + 1 + 10_000_000, payload=b"x")

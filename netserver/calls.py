@@ -28,7 +28,7 @@ log = logging.getLogger("ulnet.netserver")
 
 VIOLATIONS_MAX: Final = 1000  # of one task; then it is put out
 APPLICATIONS_MAX: Final = 4096
-APPLICATIONS_PER_USER: Final = 64  # a ring is 9 MB of the kernel's memory
+APPLICATIONS_PER_USER: Final = 64  # its rings are 2.5 MB of the kernel's memory
 
 
 class Channels(Protocol):

@@ -55,7 +55,7 @@ cdef extern from "<poll.h>" nogil:
     short POLLIN
 
 cdef enum:
-    BURST = 256                  # more than a ring holds: what is there is told of at once
+    BURST = 256                  # about what the rings hold: what is there is told of at once
     HITS = 64                    # room on the stack; for more it is allocated
     EVENT_READ = 1               # as the selectors module has them
     EVENT_WRITE = 2

@@ -1,7 +1,7 @@
 """``python -m ulnet.table.channels PATH COUNT SECONDS``: attach to a server many times, stay until standard input ends.
 
-Each attachment is a channel of its own, without a ring ("ipc"), as every ring is 9 MB of the kernel's memory. Prints
-how many there are. Runs as root, who may have as many as the server allows.
+Each attachment is a channel of its own, without a ring ("ipc"), as the rings of one are 2.5 MB of the kernel's memory.
+Prints how many there are. Runs as root, who may have as many as the server allows.
 """
 
 from __future__ import annotations
